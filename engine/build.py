@@ -1,0 +1,291 @@
+"""The connector: the only place that turns a Config into objects, and that resolves every ``"auto"``, saying why."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+
+from config_schema import Config
+from engine.checkpoint import Checkpoint, StateDictSource, open_checkpoint
+from engine.errors import EngineError
+from engine.families import Family, spec_from_hf
+from engine.families.source import CanonicalSource
+from engine.inference.encoder import Pooling, pooling_of
+from engine.inference.runner import Runner
+from ops.collective import SingleProcess
+from ops.errors import KernelError
+from ops.plan import KernelSet
+from ops.spec import ModelSpec, Task
+from ops.weights import WeightSource
+
+log = logging.getLogger("slipstream.build")
+
+DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+#: Kernel sets by name: module and class, imported when chosen.
+KERNEL_SETS: Mapping[str, tuple[str, str]] = {"eager": ("ops.eager.kernel_set", "EagerKernels")}
+
+#: The share of the free memory that the KV cache may claim where inference.max_tokens is "auto".
+CACHE_SHARE = 0.5
+MAX_BATCH = 16
+PREFILL_CHUNK = 2048
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What an ``"auto"`` became, and why. ``path`` is the JSON path."""
+
+    path: str
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything decided before a single weight is read."""
+
+    config: Config
+    choices: tuple[Choice, ...]
+    directory: Path | None
+    gguf_file: str | None
+    generation_config: Mapping[str, Any]
+    source: WeightSource
+    family: Family
+    spec: ModelSpec
+    device: torch.device
+    dtype: torch.dtype
+    kernels: str
+    max_tokens: int
+    max_batch: int
+    prefill_chunk: int
+    pooling: Pooling
+    normalize: bool
+
+    def explain(self) -> dict[str, Any]:
+        """The config with every ``"auto"`` resolved, as a JSON document."""
+        document = self.config.to_dict()
+        for choice in self.choices:
+            *parents, leaf = choice.path.removeprefix("$.").split(".")
+            section: Any = document
+            for parent in parents:
+                section = section[parent]
+            section[leaf] = choice.value
+        return document
+
+
+class _Resolver:
+    """Collects the choices; an explicit value passes through untouched."""
+
+    def __init__(self) -> None:
+        self.choices: list[Choice] = []
+
+    def choose(self, path: str, value: Any, reason: str) -> Any:
+        self.choices.append(Choice(path, value, reason))
+        log.info('%s: "auto" is %s: %s', path, value, reason)
+        return value
+
+
+def plan(config: Config, *, model: Any = None) -> Plan:
+    """Opens the checkpoint (or takes the live ``model``), reads its facts and resolves every ``"auto"``."""
+    resolver = _Resolver()
+    checkpoint = _live(model) if model is not None else _stored(config)
+    family, spec = _facts(config, checkpoint, resolver)
+    source = CanonicalSource(checkpoint.source, family, spec)
+    device = _device(config, resolver)
+    precision = _precision(config, device, source, resolver)
+    kernels = _kernels(config, spec, device, DTYPES[precision], resolver)
+    batch = config.inference.max_batch
+    if batch == "auto":
+        batch = resolver.choose("$.inference.max_batch", MAX_BATCH, "a batch that any machine serves; more wait their turn")
+    chunk = config.inference.prefill_chunk
+    if chunk == "auto":
+        chunk = resolver.choose("$.inference.prefill_chunk", PREFILL_CHUNK, "bounds the activations of a long prompt")
+    max_tokens = _max_tokens(config, spec, device, DTYPES[precision], batch, resolver)
+    pooling, normalize = _pooling(config, spec, checkpoint.directory, resolver)
+    return Plan(
+        config=config,
+        choices=tuple(resolver.choices),
+        directory=checkpoint.directory,
+        gguf_file=checkpoint.gguf_file,
+        generation_config=checkpoint.generation_config,
+        source=source,
+        family=family,
+        spec=source.spec,
+        device=device,
+        dtype=DTYPES[precision],
+        kernels=kernels,
+        max_tokens=max_tokens,
+        max_batch=batch,
+        prefill_chunk=chunk,
+        pooling=pooling,
+        normalize=normalize,
+    )
+
+
+def runner(plan: Plan) -> Runner:
+    """Reads and packs the weights."""
+    kernels = kernel_set(plan.kernels)
+    weights = kernels.pack(plan.spec, plan.source, plan.device, plan.dtype)
+    return Runner(plan.spec, weights, kernels, plan.device, SingleProcess())
+
+
+def kernel_set(name: str) -> KernelSet:
+    """The kernel set of that name."""
+    module, cls = KERNEL_SETS[name]
+    return cast(KernelSet, getattr(importlib.import_module(module), cls)())
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint or a live model, seen alike."""
+
+    directory: Path | None
+    gguf_file: str | None
+    config: Mapping[str, Any]
+    where: str
+    generation_config: Mapping[str, Any]
+    source: WeightSource
+
+
+def _stored(config: Config) -> _Opened:
+    found: Checkpoint = open_checkpoint(
+        config.model.path, revision=config.model.revision, gguf_file=config.model.gguf_file
+    )
+    where = str(found.directory / (found.gguf_file or "config.json"))
+    return _Opened(found.directory, found.gguf_file, found.config, where, found.generation_config, found.source)
+
+
+def _live(model: Any) -> _Opened:
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
+        raise EngineError(f"model=: wanted a Hugging Face model, got {type(model).__name__}")
+    values = dict(model.config.to_dict())
+    values["architectures"] = [type(model).__name__]
+    generation = getattr(model, "generation_config", None)
+    name = Path(getattr(model.config, "_name_or_path", "") or "")
+    directory = name if name.parts and name.is_dir() else None
+    return _Opened(
+        directory,
+        None,
+        values,
+        f"{type(model).__name__}.config",
+        generation.to_dict() if generation is not None else {},
+        StateDictSource(model),
+    )
+
+
+def _facts(config: Config, checkpoint: _Opened, resolver: _Resolver) -> tuple[Family, ModelSpec]:
+    asked: Task | None = None if config.model.task == "auto" else config.model.task
+    family, spec = spec_from_hf(checkpoint.config, asked, checkpoint.where)
+    if asked is None:
+        task = spec.head.task if spec.head is not None else "embedding"
+        resolver.choose("$.model.task", task, f"{checkpoint.where} says so")
+    return family, spec
+
+
+def _device(config: Config, resolver: _Resolver) -> torch.device:
+    wanted = config.device
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            return torch.device(resolver.choose("$.device", "cuda", f"{torch.cuda.get_device_name()} is here"))
+        return torch.device(resolver.choose("$.device", "cpu", "no CUDA GPU is visible"))
+    device = torch.device(wanted)
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if count == 0:
+            build = "a CPU build" if torch.version.cuda is None else f"a CUDA {torch.version.cuda} build"
+            raise EngineError(
+                f'$.device: "{wanted}", but no CUDA GPU is visible (torch {torch.__version__} is {build}): '
+                'set "device" to "cpu" or "auto"'
+            )
+        if device.index is not None and device.index >= count:
+            raise EngineError(f'$.device: "{wanted}", but the GPUs here are cuda:0 to cuda:{count - 1}')
+    return device
+
+
+def _precision(config: Config, device: torch.device, source: CanonicalSource, resolver: _Resolver) -> str:
+    if config.precision != "auto":
+        return config.precision
+    path = "$.precision"
+    if device.type == "cpu":
+        return str(resolver.choose(path, "fp32", "the most exact on a CPU, and its kernels read exact fp16 copies where they can"))
+    stored = source.dtype("embed.token.weight")
+    for name, dtype in DTYPES.items():
+        if dtype == stored and name != "fp32":
+            return str(resolver.choose(path, name, "the checkpoint is stored so"))
+    if torch.cuda.get_device_capability(device) >= (8, 0):
+        return str(resolver.choose(path, "bf16", "half the bytes of fp32, with its range"))
+    return str(resolver.choose(path, "fp16", "this GPU has no bf16 arithmetic"))
+
+
+def _kernels(config: Config, spec: ModelSpec, device: torch.device, dtype: torch.dtype, resolver: _Resolver) -> str:
+    if config.kernels != "auto":
+        kernel_set(config.kernels).assert_supports(spec, device, dtype)
+        return config.kernels
+    refusals = []
+    for name in reversed(KERNEL_SETS):  # the fastest set stands last
+        try:
+            kernel_set(name).assert_supports(spec, device, dtype)
+        except KernelError as error:
+            refusals.append(f"{name}: {error}")
+            continue
+        reason = "; ".join(["the fastest set that runs here", *refusals]) if len(KERNEL_SETS) > 1 else "the only set there is"
+        return str(resolver.choose("$.kernels", name, reason))
+    raise KernelError("no kernel set runs this model here: " + "; ".join(refusals))
+
+
+def _max_tokens(
+    config: Config, spec: ModelSpec, device: torch.device, dtype: torch.dtype, batch: int, resolver: _Resolver
+) -> int:
+    wanted = config.inference.max_tokens
+    if wanted != "auto":
+        if wanted > spec.max_positions:
+            raise EngineError(
+                f"$.inference.max_tokens: {wanted}, but this model's positions end at {spec.max_positions}: lower it"
+            )
+        return wanted
+    per_token = 2 * spec.layers * spec.kv_size * dtype.itemsize
+    room = int(_free_bytes(device) * CACHE_SHARE) // (per_token * batch)
+    if not spec.causal or room >= spec.max_positions:
+        return int(resolver.choose("$.inference.max_tokens", spec.max_positions, "all of the model's positions"))
+    if room < 1:
+        raise EngineError(
+            f"$.inference.max_tokens: not one token a sequence fits the free memory of {device} at a batch of {batch}: "
+            "lower inference.max_batch"
+        )
+    reason = f"{batch} sequences of it take {CACHE_SHARE:.0%} of the free memory ({per_token / 1024:.0f} KiB a token)"
+    return int(resolver.choose("$.inference.max_tokens", room, reason))
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _pooling(
+    config: Config, spec: ModelSpec, directory: Path | None, resolver: _Resolver
+) -> tuple[Pooling, bool]:
+    wanted, normalize = config.embedding.pooling, config.embedding.normalize
+    if spec.causal or (wanted != "auto" and normalize != "auto"):
+        return "mean" if wanted == "auto" else wanted, normalize is True
+    own_pooling: Literal["mean", "cls"]
+    own_pooling, own_normalize, reason = pooling_of(directory) if wanted == "auto" else (wanted, True, "usual for embeddings")
+    if wanted == "auto":
+        resolver.choose("$.embedding.pooling", own_pooling, reason)
+    if normalize == "auto":
+        normalize = bool(resolver.choose("$.embedding.normalize", own_normalize, reason))
+    return own_pooling, normalize
+
+
+def explain(plan: Plan) -> str:
+    """The resolved config as JSON, then one line a choice: path, value, reason."""
+    reasons = "\n".join(f'{choice.path}: "auto" is {json.dumps(choice.value)}: {choice.reason}' for choice in plan.choices)
+    return json.dumps(plan.explain(), indent=2, ensure_ascii=False) + (f"\n\n{reasons}" if reasons else "")

@@ -1,0 +1,278 @@
+"""Engine: one object that runs what a configuration describes. A facade; no feature's logic lives here."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from config_schema import Config, load_config
+from engine import build
+from engine.errors import EngineError
+from engine.inference import encoder, params, tasks
+from engine.inference.generation import Generation, Generator, Logprob, Piece
+from engine.inference.inputs import Rows, rows_from
+from engine.inference.kv_cache import PagedCache
+from engine.inference.runner import Runner
+from engine.inference.text import Message, Text
+from engine.verify import Verification, verify
+from ops.spec import ModelSpec
+
+
+class Engine:
+    """Runs a Transformer as a configuration says.
+
+    ``config`` is a path, a dictionary or a loaded :class:`config_schema.Config`; ``overrides`` are ``key.path=value`` texts.
+    ``model`` is a live Hugging Face model to take the weights from instead of a checkpoint, ``tokenizer`` its tokenizer.
+    Raises :class:`config_schema.SlipstreamError` (ConfigError, CheckpointError, KernelError, EngineError) in one clear line.
+    """
+
+    def __init__(
+        self,
+        config: str | os.PathLike[str] | Mapping[str, Any] | Config,
+        *,
+        model: Any = None,
+        tokenizer: Any = None,
+        overrides: Sequence[str] = (),
+    ) -> None:
+        if model is not None and isinstance(config, Mapping) and "model" not in config:
+            config = {**config, "model": {"path": getattr(getattr(model, "config", None), "_name_or_path", "") or "live model"}}
+        self._plan = build.plan(load_config(config, overrides=overrides), model=model)
+        self._live = model
+        self.text = Text(self._plan.directory, self._plan.gguf_file, tokenizer)
+        self._packed: Runner | None = None
+        self._lock = threading.RLock()
+        if model is None:
+            self._packed = build.runner(self._plan)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike[str],
+        *,
+        precision: str = "auto",
+        kernels: str = "auto",
+        device: str = "auto",
+        task: str = "auto",
+        **sections: Mapping[str, Any],
+    ) -> Engine:
+        """An engine in one line: a checkpoint directory or hub name; ``sections`` are further sections of the config."""
+        model = {"path": os.fspath(directory), "task": task}
+        return cls({"model": model, "precision": precision, "kernels": kernels, "device": device, **sections})
+
+    # ---- what it is ----
+
+    @property
+    def config(self) -> Config:
+        """The configuration as given."""
+        return self._plan.config
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's facts."""
+        return self._plan.spec
+
+    @property
+    def plan(self) -> build.Plan:
+        """What was decided: device, precision, kernel set, budgets, and the reason of each ``"auto"``."""
+        return self._plan
+
+    def explain(self) -> str:
+        """The resolved configuration as JSON, and the reason of each choice."""
+        return build.explain(self._plan)
+
+    # ---- inference ----
+
+    def __call__(self, batch: Any, *, attention_mask: Any = None, token_type_ids: Any = None) -> Any:
+        """The model's outputs for whole sequences, in Hugging Face's output class for the task.
+
+        ``batch``: a text, texts, (text, text) pairs, token ids, lists of them, a padded tensor [B, S] with its
+        ``attention_mask``, or a tokenizer's BatchEncoding. Outputs follow the padding; padded places are zero.
+        """
+        rows = rows_from(batch, self.text, attention_mask=attention_mask, token_type_ids=token_type_ids)
+        with torch.inference_mode():
+            return encoder.forward(self._runner(), rows)
+
+    @overload
+    def generate(self, prompt: Any = ..., *, stream: Literal[True], **options: Any) -> Iterator[Piece]: ...
+
+    @overload
+    def generate(self, prompt: Any = ..., *, stream: Literal[False] = ..., **options: Any) -> Generation | list[Generation]: ...
+
+    def generate(
+        self,
+        prompt: Any = None,
+        *,
+        messages: Sequence[Message] | Sequence[Sequence[Message]] | None = None,
+        attention_mask: Any = None,
+        generation_config: Any = None,
+        stream: bool = False,
+        **options: Any,
+    ) -> Generation | list[Generation] | Iterator[Piece]:
+        """Generates after one prompt (gives a Generation, or an iterator of pieces) or several (a list of them).
+
+        ``prompt``: a text, texts, token ids, lists of them, or a padded tensor [B, S] with its ``attention_mask``; or
+        ``messages`` (a chat, or several). ``options`` have Hugging Face's names and meanings: max_new_tokens (20),
+        min_new_tokens, do_sample, temperature (0 is greedy), top_k, top_p, repetition_penalty, stop (texts), seed,
+        logprobs (how many alternatives beside each token's own), ignore_eos, eos_token_id. A temperature, top_k or top_p
+        turns sampling on. What is not given comes from ``generation_config`` if there is one, else from the config's
+        section ``generation`` and the checkpoint's generation_config.json. Prompt and new tokens are checked against
+        ``inference.max_tokens`` before any work.
+        """
+        if self.spec.head is None or self.spec.head.task != "causal_lm":
+            raise EngineError(f"generate needs a causal LM, this {self._plan.family.name} model is an encoder")
+        rows = self._prompts(prompt, messages, attention_mask)
+        chosen = self._sampling(options, generation_config, max(len(row) for row in rows.ids))
+        self._check_budget(rows.ids, chosen.max_new_tokens)
+        pieces = self._locked(self._generator().stream(rows.ids, chosen, texts=stream))
+        if stream:
+            return pieces
+        found = self._collect(rows.ids, pieces, chosen)
+        return found[0] if rows.single else found
+
+    def encode(
+        self,
+        texts: Any,
+        *,
+        pooling: encoder.Pooling | None = None,
+        normalize: bool | None = None,
+        batch_size: int | None = None,
+    ) -> Tensor:
+        """Sentence embeddings: fp32 [hidden] for one text, [N, hidden] for several, on the CPU.
+
+        Defaults come from the section ``embedding``, where ``"auto"`` follows the checkpoint.
+        """
+        rows = rows_from(texts, self.text)
+        vectors = list(self.encode_stream(rows, pooling=pooling, normalize=normalize, batch_size=batch_size))
+        return vectors[0][0] if rows.single else torch.cat(vectors)
+
+    def encode_stream(
+        self,
+        texts: Any,
+        *,
+        pooling: encoder.Pooling | None = None,
+        normalize: bool | None = None,
+        batch_size: int | None = None,
+    ) -> Iterator[Tensor]:
+        """As :meth:`encode`, batch by batch."""
+        task = self.spec.head.task if self.spec.head is not None else "embedding"
+        if task != "embedding":
+            raise EngineError(f'encode needs an encoder, but $.model.task is {task}: set it to "embedding"')
+        rows = texts if isinstance(texts, Rows) else rows_from(texts, self.text)
+        size = batch_size or self.config.embedding.batch_size
+        chosen = pooling or self._plan.pooling
+        unit = self._plan.normalize if normalize is None else normalize
+        with torch.inference_mode():
+            yield from encoder.embed(self._runner(), rows, chosen, unit, size)
+
+    def classify(self, texts: Any, *, top_k: int = 1) -> list[list[tasks.Label]]:
+        """The ``top_k`` likeliest labels of each text or (text, text) pair."""
+        return tasks.classify(self, texts, top_k)
+
+    def classify_tokens(self, texts: Sequence[str]) -> list[list[tasks.TokenLabel]]:
+        """The label of each token of each text."""
+        return tasks.classify_tokens(self, texts)
+
+    def answer(self, question: str, context: str) -> tasks.Answer:
+        """The stretch of ``context`` that answers ``question``."""
+        return tasks.answer(self, question, context)
+
+    def fill_mask(self, texts: Sequence[str], *, top_k: int = 5) -> list[list[list[tasks.Fill]]]:
+        """The likeliest tokens of each mask of each text."""
+        return tasks.fill_mask(self, texts, top_k)
+
+    def verify(self, batch: Any = None) -> Verification:
+        """Compares this engine with Hugging Face's implementation of the same weights, on ``batch`` or a default one."""
+        return verify(self, batch, self._live)
+
+    # ---- parts ----
+
+    def _runner(self) -> Runner:
+        """The packed model; packed anew where the live model's weights have changed."""
+        with self._lock:
+            if self._packed is None or self._packed.weights.version != self._plan.source.version:
+                self._packed = build.runner(self._plan)
+            return self._packed
+
+    @cached_property
+    def _cache(self) -> PagedCache:
+        plan = self._plan
+        pages = plan.max_batch * -(-plan.max_tokens // plan.config.inference.page_size)
+        size = plan.config.inference.page_size
+        return PagedCache(plan.spec, pages=pages, page_size=size, device=plan.device, dtype=plan.dtype)
+
+    def _generator(self) -> Generator:
+        plan = self._plan
+        return Generator(
+            self._runner(), self._cache, self.text, max_batch=plan.max_batch, prefill_chunk=plan.prefill_chunk
+        )
+
+    def _prompts(self, prompt: Any, messages: Any, attention_mask: Any) -> Rows:
+        if (prompt is None) == (messages is None):
+            raise EngineError("generate: give a prompt or messages, one of the two")
+        if messages is None:
+            rows = rows_from(prompt, self.text, attention_mask=attention_mask)
+        elif messages and isinstance(messages[0], Mapping):
+            rows = Rows([self.text.chat(messages)], single=True)
+        else:
+            rows = Rows([self.text.chat(chat) for chat in messages])
+        self._runner().check_ids(rows.ids)
+        return rows
+
+    def _sampling(self, options: Mapping[str, Any], generation_config: Any, longest: int) -> params.SamplingParams:
+        params.option_names(tuple(options))
+        own = params.from_generation_config(self._plan.generation_config)
+        own["do_sample"] = bool(own.get("do_sample"))
+        eos = {"eos_token_id": own.get("eos_token_id")}
+        if generation_config is not None:
+            given = params.from_generation_config(generation_config)
+            given["do_sample"] = bool(given.get("do_sample"))
+            values = generation_config if isinstance(generation_config, Mapping) else generation_config.to_dict()
+            given["max_new_tokens"] = given.get("max_new_tokens") or params.length_limit(values, longest)
+            layers: list[Mapping[str, Any]] = [given, eos]
+        else:
+            layers = [params.checked(self.config.generation.model_dump(exclude_defaults=True)), own]
+        chosen = params.resolve(params.checked(options), *layers, fresh_seed=secrets.randbits(62))
+        return params.within(chosen, self.spec.vocab_size)
+
+    def _check_budget(self, rows: Sequence[Sequence[int]], new: int) -> None:
+        limit = self._plan.max_tokens
+        for index, row in enumerate(rows):
+            if len(row) + new > limit:
+                most = self.spec.max_positions
+                need = len(row) + new
+                advice = f"set inference.max_tokens to at least {need}" if need <= most else f"the model ends at {most}"
+                raise EngineError(
+                    f"prompt {index} has {len(row)} tokens and {new} new ones are asked for, {need} in all, but "
+                    f"inference.max_tokens is {limit}: {advice}, or ask for fewer with max_new_tokens"
+                )
+
+    def _locked(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        """One generation at a time: a second thread waits for the first to end or to drop its iterator."""
+        with self._lock:
+            yield from pieces
+
+    def _collect(
+        self, rows: Sequence[Sequence[int]], pieces: Iterator[Piece], chosen: params.SamplingParams
+    ) -> list[Generation]:
+        found = [Generation([], "length", len(row), [] if chosen.logprobs is not None else None) for row in rows]
+        texts: list[list[str]] = [[] for _ in rows]
+        for piece in pieces:
+            one = found[piece.index]
+            one.token_ids.append(piece.token)
+            texts[piece.index].append(piece.text)
+            if one.logprobs is not None and piece.logprob is not None:
+                one.logprobs.append(piece.logprob)
+            one.finish_reason = piece.finish_reason or one.finish_reason
+        for one, parts in zip(found, texts, strict=True):
+            one.attach(self.text, "".join(parts) if chosen.stop else None)
+        return found
+
+
+__all__ = ["Engine", "Generation", "Logprob", "Piece"]

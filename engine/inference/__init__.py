@@ -1,0 +1,1 @@
+"""Running a packed model: the KV cache, generation, whole-sequence outputs."""

@@ -1,0 +1,97 @@
+"""What a user may hand over as a batch, brought to rows of token ids without padding, and outputs brought back to its shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.errors import EngineError
+from engine.inference.text import Text
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch without its padding.
+
+    ids:    token ids of each row.
+    types:  token types of each row, or None.
+    places: [B, S] bool, True where the caller's padded batch holds a token; None where rows came one by one.
+    single: the caller gave one sequence, not a list of them.
+    """
+
+    ids: list[list[int]]
+    types: list[list[int]] | None = None
+    places: Tensor | None = None
+    single: bool = False
+
+    def pad(self, flat: Tensor) -> Tensor:
+        """[T, ...] laid out as the caller's batch [B, S, ...]; zeros where there is padding, on the right by default."""
+        places = self.places
+        if places is None:
+            longest = max(len(row) for row in self.ids)
+            lengths = torch.tensor([len(row) for row in self.ids])
+            places = torch.arange(longest) < lengths[:, None]
+        out = flat.new_zeros((*places.shape, *flat.shape[1:]))
+        out[places.to(flat.device)] = flat
+        return out
+
+
+def rows_from(batch: Any, text: Text, *, attention_mask: Any = None, token_type_ids: Any = None) -> Rows:
+    """Rows from a text, a list of texts, (text, text) pairs, token ids, a padded tensor with its mask, or a BatchEncoding."""
+    if isinstance(batch, Mapping):
+        if "input_ids" not in batch:
+            raise EngineError(f"a batch needs input_ids, got {', '.join(map(str, batch))}")
+        mask, types = batch.get("attention_mask", attention_mask), batch.get("token_type_ids", token_type_ids)
+        return rows_from(batch["input_ids"], text, attention_mask=mask, token_type_ids=types)
+    if isinstance(batch, str):
+        return Rows([text.encode(batch)], single=True)
+    if isinstance(batch, Tensor):
+        return _from_tensor(batch, attention_mask, token_type_ids)
+    if not isinstance(batch, Sequence):
+        raise EngineError(f"wanted a text, texts, token ids or a batch with input_ids, got {type(batch).__name__}")
+    if not batch:
+        raise EngineError("the batch is empty: give at least one sequence")
+    if all(isinstance(item, str) for item in batch):
+        return _from_texts(list(batch), text)
+    if all(isinstance(item, tuple) and len(item) == 2 and all(isinstance(t, str) for t in item) for item in batch):
+        return _from_texts(list(batch), text)
+    if attention_mask is not None or token_type_ids is not None:
+        return _from_tensor(torch.as_tensor(batch), attention_mask, token_type_ids)
+    if all(_is_id(item) for item in batch):
+        return Rows([list(batch)], single=True)
+    if all(isinstance(item, Sequence) and not isinstance(item, str) and all(map(_is_id, item)) for item in batch):
+        return Rows([list(row) for row in batch])
+    raise EngineError("a list must hold texts, (text, text) pairs, token ids, or lists of token ids, all of one kind")
+
+
+def _is_id(item: Any) -> bool:
+    return isinstance(item, int) and not isinstance(item, bool)
+
+
+def _from_texts(items: list[Any], text: Text) -> Rows:
+    encoded = [text.tokenizer(*item) if isinstance(item, tuple) else text.tokenizer(item) for item in items]
+    types = [list(row["token_type_ids"]) for row in encoded if "token_type_ids" in row]
+    return Rows([list(row["input_ids"]) for row in encoded], types if len(types) == len(items) else None)
+
+
+def _from_tensor(ids: Tensor, attention_mask: Any, token_type_ids: Any) -> Rows:
+    if ids.dim() not in (1, 2) or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise EngineError(f"input_ids: wanted integers [sequences, tokens], got {ids.dtype} {list(ids.shape)}")
+    single = ids.dim() == 1
+    ids = ids.detach().cpu().reshape(-1, ids.shape[-1])
+    mask = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask).cpu().reshape(-1, ids.shape[-1])
+    if mask.shape != ids.shape:
+        raise EngineError(f"attention_mask: shape {list(mask.shape)} does not fit input_ids {list(ids.shape)}")
+    places = mask.bool()
+    types = None
+    if token_type_ids is not None:
+        given = torch.as_tensor(token_type_ids).cpu().reshape(-1, ids.shape[-1])
+        if given.shape != ids.shape:
+            raise EngineError(f"token_type_ids: shape {list(given.shape)} does not fit input_ids {list(ids.shape)}")
+        types = [row[keep].tolist() for row, keep in zip(given, places, strict=True)]
+    rows = [row[keep].tolist() for row, keep in zip(ids, places, strict=True)]
+    return Rows(rows, types, places, single)

@@ -1,0 +1,94 @@
+"""Runs the steps of one packed model: lays sequences end to end, keeps their caches, and hands the steps to the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from engine.errors import EngineError
+from engine.inference.kv_cache import PagedCache, Sequence
+from ops.collective import Collective
+from ops.plan import Bucket, KernelSet, StepInputs, StepPlan, StepResult
+from ops.spec import ModelSpec
+from ops.weights import ModelWeights
+
+
+class Runner:
+    """One model on one device, behind its kernel set's plans."""
+
+    def __init__(
+        self, spec: ModelSpec, weights: ModelWeights, kernels: KernelSet, device: torch.device, group: Collective
+    ) -> None:
+        self.spec, self.weights, self.kernels, self.device, self.group = spec, weights, kernels, device, group
+        self._plans: dict[str, StepPlan] = {}
+
+    def _plan(self, bucket: Bucket) -> StepPlan:
+        if bucket.kind not in self._plans:
+            self._plans[bucket.kind] = self.kernels.plan(self.spec, self.weights, bucket, self.group)
+        return self._plans[bucket.kind]
+
+    def whole(self, rows: Seq[Seq[int]], token_types: Seq[Seq[int]] | None = None) -> StepResult:
+        """Whole sequences at once, no cache: an encoder's forward, or every logit of a decoder. Rows must not be empty."""
+        self.check_ids(rows)
+        lengths = tuple(len(row) for row in rows)
+        positions = [at for length in lengths for at in range(length)]
+        types = None if token_types is None else self._tensor([t for row in token_types for t in row])
+        inputs = StepInputs(self._tensor([t for row in rows for t in row]), self._tensor(positions), lengths, types)
+        return self._plan(Bucket("encode")).run(inputs)
+
+    def prefill(self, cache: PagedCache, sequences: Seq[Sequence], rows: Seq[Seq[int]], chunk: int) -> Tensor:
+        """Appends each sequence's prompt to its cache, at most ``chunk`` tokens of it a step.
+
+        Returns the logits [B, vocabulary] behind each prompt's last token.
+        """
+        logits: list[Tensor | None] = [None] * len(rows)
+        done = 0
+        while any(out is None for out in logits):
+            active = [i for i, row in enumerate(rows) if done < len(row)]
+            pieces = [rows[i][done : done + chunk] for i in active]
+            ends = [i for i in active if len(rows[i]) <= done + chunk]
+            out = self._append(Bucket("prefill"), cache, [sequences[i] for i in active], pieces, [active.index(i) for i in ends])
+            for i, row in zip(ends, out, strict=True):
+                logits[i] = row
+            done += chunk
+        return torch.stack([out for out in logits if out is not None])
+
+    def decode(self, cache: PagedCache, sequences: Seq[Sequence], tokens: Seq[int]) -> Tensor:
+        """Appends one token to each sequence; returns the logits [B, vocabulary] behind it."""
+        return self._append(Bucket("decode"), cache, sequences, [[t] for t in tokens], None)
+
+    def _append(
+        self, bucket: Bucket, cache: PagedCache, sequences: Seq[Sequence], pieces: Seq[Seq[int]], wanted: Seq[int] | None
+    ) -> Tensor:
+        """One step over the cache; ``wanted`` are the sequences whose last token's logits are asked for (None: all)."""
+        lengths = [len(piece) for piece in pieces]
+        positions = [at for s, piece in zip(sequences, pieces, strict=True) for at in range(s.length, s.length + len(piece))]
+        view = cache.view(sequences, lengths)
+        rows = None
+        if bucket.kind == "prefill":
+            ends = [sum(lengths[: i + 1]) - 1 for i in (range(len(lengths)) if wanted is None else wanted)]
+            rows = self._tensor(ends)
+        tokens = self._tensor([t for piece in pieces for t in piece])
+        result = self._plan(bucket).run(StepInputs(tokens, self._tensor(positions), tuple(lengths), None, view, rows))
+        assert result.outputs is not None
+        return result.outputs
+
+    def check_ids(self, rows: Iterable[Seq[int]]) -> None:
+        """Raises if a row is empty, longer than the model's positions, or holds an id outside the vocabulary."""
+        for index, row in enumerate(rows):
+            if not row:
+                raise EngineError(f"sequence {index} is empty: give at least one token")
+            if len(row) > self.spec.max_positions:
+                raise EngineError(
+                    f"sequence {index} has {len(row)} tokens, this model takes {self.spec.max_positions}: shorten it"
+                )
+            low, high = min(row), max(row)
+            if low < 0 or high >= self.spec.vocab_size:
+                wrong = low if low < 0 else high
+                raise EngineError(f"sequence {index}: token id {wrong} is outside the vocabulary of {self.spec.vocab_size}")
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)

@@ -1,0 +1,1 @@
+"""Plain PyTorch kernels: the reference of the other sets, and the default on a CPU."""

@@ -1,0 +1,149 @@
+"""Plan, then run: a kernel set turns (spec, weights, bucket) into a step plan, an ordered list of launches.
+
+Tokens travel flat: one step computes ``T`` tokens of ``B`` sequences laid end to end, so no padding is ever computed. A decode
+step has one token a sequence, a prefill or an encoder step has many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ops.collective import Collective
+from ops.spec import ModelSpec
+from ops.weights import ModelWeights, Norm, WeightSource
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Which steps a plan serves; None leaves a size open (only sets without static buffers can).
+
+    kind:      ``encode`` sees whole sequences at once and keeps no cache; ``decode`` and ``prefill`` append to the KV cache.
+    sequences: at most so many sequences a step.
+    tokens:    at most so many tokens a step, all sequences together.
+    """
+
+    kind: Literal["encode", "prefill", "decode"]
+    sequences: int | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """One step's view of the paged KV cache; the pools' addresses never change.
+
+    keys, values: per layer [pages, page_size, kv_heads, head_dim].
+    block_table:  [B, pages a sequence] int32 on the device: the pages of each sequence, in order.
+    slots:        [T] int64: the flat slot (page * page_size + offset) of each new token.
+    lengths:      per sequence, tokens in the cache once this step's are appended.
+    starts:       per sequence, the flat slot of its first token where its pages are consecutive, else None.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    block_table: Tensor
+    slots: Tensor
+    lengths: tuple[int, ...]
+    starts: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What one step computes.
+
+    token_ids:   [T] int64, the sequences' new tokens end to end.
+    positions:   [T] int64, each token's place in its sequence, from 0.
+    lengths:     new tokens of each of the B sequences; they sum to T.
+    token_types: [T] int64 or None.
+    cache:       where keys and values are kept, or None for an encoder.
+    rows:        [R] int64: the tokens whose hidden states reach the head, or None for all.
+    memo:        what launches derive from the inputs once a step and share (rotary angles, masks).
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    lengths: tuple[int, ...]
+    token_types: Tensor | None = None
+    cache: CacheView | None = None
+    rows: Tensor | None = None
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+
+@dataclass
+class Stream:
+    """The residual stream: a raw sum and the norm that its consumer applies as it reads (norms belong to the consumer).
+
+    A producer never normalizes: that would need whole rows at the end of a GEMM, and be wrong before a tensor-parallel
+    reduce. ``memo`` keeps the normed value where a post-norm model needs it twice.
+    """
+
+    raw: Tensor
+    pending: Norm | None
+    memo: Tensor | None = None
+
+
+@dataclass
+class StepState:
+    """What flows between the launches of one run."""
+
+    inputs: StepInputs
+    stream: Stream | None = None
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    hidden: Tensor | None = None
+    outputs: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One entry of a plan: ``name`` is the module it belongs to (``layers.3.qkv``), ``run`` advances the state."""
+
+    name: str
+    run: Callable[[StepState], None]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """hidden: [T, hidden] after the last norm (``rows`` of it if asked); outputs: what the head gives for it, or None."""
+
+    hidden: Tensor
+    outputs: Tensor | None
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """An ordered list of launches for the steps of one bucket."""
+
+    bucket: Bucket
+    launches: Sequence[Launch] = field(repr=False)
+
+    def run(self, inputs: StepInputs) -> StepResult:
+        """Runs every launch in order."""
+        state = StepState(inputs)
+        for launch in self.launches:
+            launch.run(state)
+        assert state.hidden is not None
+        return StepResult(state.hidden, state.outputs)
+
+
+class KernelSet(Protocol):
+    """A way to compute a model. The three sets have the same methods."""
+
+    name: str
+
+    def assert_supports(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
+        """Raises :class:`ops.errors.KernelError` with what to set instead, if this set cannot run that model there."""
+        ...
+
+    def pack(self, spec: ModelSpec, source: WeightSource, device: torch.device, dtype: torch.dtype) -> ModelWeights:
+        """Weights as this set reads them."""
+        ...
+
+    def plan(self, spec: ModelSpec, weights: ModelWeights, bucket: Bucket, collective: Collective) -> StepPlan:
+        """The launches of one step. ``collective`` reduces the partial sums of macro-ops 3 and 5."""
+        ...

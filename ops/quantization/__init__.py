@@ -1,0 +1,18 @@
+"""Weight quantization: the canonical saved form, and the plain-PyTorch reference for kernels and training."""
+
+from __future__ import annotations
+
+from ops.quantization.reference import Rounding, dequantize, fake_quantize, lookup, quantize
+from ops.quantization.tensor import QuantizationError, QuantizedTensor, pack_nibbles, unpack_nibbles
+
+__all__ = [
+    "QuantizationError",
+    "QuantizedTensor",
+    "Rounding",
+    "dequantize",
+    "fake_quantize",
+    "lookup",
+    "pack_nibbles",
+    "quantize",
+    "unpack_nibbles",
+]

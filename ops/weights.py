@@ -1,0 +1,216 @@
+"""Where weights come from, and how a kernel set holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ops.quantization.tensor import QuantizedTensor
+from ops.spec import ModelSpec
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class WeightSource(Protocol):
+    """Named tensors to read: safetensors files, a live ``state_dict``, a renaming of either.
+
+    Reading is lazy and by slice, so that a rank reads only what it keeps and the whole checkpoint is never resident twice.
+    """
+
+    @property
+    def version(self) -> int:
+        """Changes whenever a tensor may have changed; packed weights are current while it does not."""
+        ...
+
+    def names(self) -> Collection[str]:
+        """Every tensor's name, in a stable order."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape, read from the header alone. Raises ``KeyError`` for a name that is not there."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The tensor's stored dtype."""
+        ...
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """The tensor, or rows ``[rows.start, rows.stop)`` of its first axis, in its stored dtype; not to be modified.
+
+        May be a view of mapped or live memory: copy out of it at once.
+        """
+        ...
+
+    def locate(self, name: str) -> str:
+        """Where the tensor lies, for messages: ``model-00002-of-00003.safetensors: layers.3.mlp.weight``."""
+        ...
+
+
+class PackedWeight(Protocol):
+    """A weight in a layout of some kernel's own."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Logical (out, in)."""
+        ...
+
+    def apply(self, x: Tensor) -> Tensor:
+        """``x W^T``: [T, in] to [T, out] in ``x``'s dtype."""
+        ...
+
+
+#: Turns a plain weight [out, in] into the form a kernel set reads; ``shared``: the plain tensor has another user and stays.
+PackWeight = Callable[..., "Tensor | PackedWeight"]
+
+
+def plain(weight: Tensor, *, shared: bool = False) -> Tensor | PackedWeight:
+    """No packing: the weight as it is."""
+    return weight
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer ``y = x W^T + b``: weight [out, in], bias [out] or None."""
+
+    weight: Tensor | QuantizedTensor | PackedWeight
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Weights of a LayerNorm (weight, bias) or an RMSNorm (weight alone), both [size]."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Tables of the input: token [vocabulary, width], position, token type, projection to ``hidden``, norm."""
+
+    token: Tensor
+    position: Tensor | None
+    token_type: Tensor | None
+    project: Linear | None
+    norm: Norm | None
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer, fused as the macro-ops read it: ``qkv`` is [q + k + v, hidden]; ``up`` is [gate + up, hidden] if gated."""
+
+    attn_norm: Norm
+    qkv: Linear
+    q_norm: Norm | None
+    k_norm: Norm | None
+    out: Linear
+    ffn_norm: Norm
+    up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True)
+class HeadWeights:
+    """What stands on the last layer (see :class:`ops.spec.HeadSpec`)."""
+
+    dense: Linear | None
+    norm: Norm | None
+    project: Linear | None
+    out: Linear | None
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """A packed model, on one device in one compute dtype."""
+
+    embed: Embeddings
+    layers: tuple[LayerWeights, ...]
+    final_norm: Norm | None
+    head: HeadWeights | None
+    version: int
+
+
+class Packer:
+    """Copies canonical weights out of a source into fused tensors, one at a time, so that nothing is resident twice."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        source: WeightSource,
+        device: torch.device,
+        dtype: torch.dtype,
+        pack_weight: PackWeight = plain,
+    ) -> None:
+        self.spec, self.source, self.device, self.dtype, self.pack_weight = spec, source, device, dtype, pack_weight
+        self.shapes = spec.weight_shapes()
+
+    def pack(self) -> ModelWeights:
+        """The whole model: on ``device``, in ``dtype``."""
+        spec = self.spec
+        version = self.source.version
+        embed = self._embeddings()
+        layers = tuple(self._layer(f"layers.{i}") for i in range(spec.layers))
+        head = self._head(embed.token) if spec.head is not None else None
+        return ModelWeights(embed, layers, self._norm("final_norm"), head, version)
+
+    def _tensor(self, *names: str) -> Tensor | None:
+        """The named tensors stacked along their first axis, or None if the spec has none of them."""
+        shapes = [self.shapes[name] for name in names if name in self.shapes]
+        if not shapes:
+            return None
+        out = torch.empty((sum(shape[0] for shape in shapes), *shapes[0][1:]), dtype=self.dtype, device=self.device)
+        row = 0
+        for name, shape in zip(names, shapes, strict=True):
+            out[row : row + shape[0]].copy_(self.source.read(name))
+            row += shape[0]
+        return out
+
+    def _linear(self, *names: str) -> Linear | None:
+        weight = self._tensor(*(f"{name}.weight" for name in names))
+        if weight is None:
+            return None
+        return Linear(self.pack_weight(weight), self._tensor(*(f"{name}.bias" for name in names)))
+
+    def _norm(self, name: str) -> Norm | None:
+        weight = self._tensor(f"{name}.weight")
+        return None if weight is None else Norm(weight, self._tensor(f"{name}.bias"))
+
+    def _embeddings(self) -> Embeddings:
+        return Embeddings(
+            token=_present(self._tensor("embed.token.weight")),
+            position=self._tensor("embed.position.weight"),
+            token_type=self._tensor("embed.token_type.weight"),
+            project=self._linear("embed.project"),
+            norm=self._norm("embed.norm"),
+        )
+
+    def _layer(self, at: str) -> LayerWeights:
+        ffn = (f"{at}.gate", f"{at}.up") if self.spec.gated else (f"{at}.up",)
+        return LayerWeights(
+            attn_norm=_present(self._norm(f"{at}.attn_norm")),
+            qkv=_present(self._linear(f"{at}.q", f"{at}.k", f"{at}.v")),
+            q_norm=self._norm(f"{at}.q_norm"),
+            k_norm=self._norm(f"{at}.k_norm"),
+            out=_present(self._linear(f"{at}.out")),
+            ffn_norm=_present(self._norm(f"{at}.ffn_norm")),
+            up=_present(self._linear(*ffn)),
+            down=_present(self._linear(f"{at}.down")),
+        )
+
+    def _head(self, token_embedding: Tensor) -> HeadWeights:
+        head = self.spec.head
+        assert head is not None
+        out = self._linear("head.out")
+        if head.tied:
+            out = Linear(self.pack_weight(token_embedding, shared=True), self._tensor("head.out.bias"))
+        return HeadWeights(self._linear("head.dense"), self._norm("head.norm"), self._linear("head.project"), out)
+
+
+def _present(value: T | None) -> T:
+    assert value is not None, "ModelSpec.weight_shapes lists a weight that every model has"
+    return value

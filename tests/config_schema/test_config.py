@@ -1,0 +1,176 @@
+"""Rules across sections, and the configuration as a Python object."""
+
+from __future__ import annotations
+
+import json
+
+import pydantic
+import pytest
+
+from config_schema import Config, load_config
+from config_schema.config import RULES
+from config_schema.generation import Generation
+from config_schema.inference import Inference
+from config_schema.job import EncodeJob, GenerateJob
+from config_schema.model import Model
+from tests.config_schema.test_messages import problems_of, with_model
+
+PROMPTS = {"type": "generate", "prompts": ["a"]}
+NO_EFFECT = "has no effect because $.generation.do_sample is false; remove one of the two"
+
+BROKEN: dict[str, tuple[dict[str, object], list[str]]] = {
+    "job against task": (
+        {"model": {"path": "m", "task": "embedding"}, "job": PROMPTS},
+        ['$.job.type: "generate" needs $.model.task to be "causal_lm" or "auto", which is "embedding"'],
+    ),
+    "new tokens over the budget": (
+        with_model(job=PROMPTS, generation={"max_new_tokens": 64}, inference={"max_tokens": 64}),
+        [
+            "$.generation.max_new_tokens: 64 new tokens and a prompt do not fit $.inference.max_tokens, which is 64; "
+            "set that to more than 64, or lower this"
+        ],
+    ),
+    "least over most": (
+        with_model(generation={"min_new_tokens": 5, "max_new_tokens": 4}),
+        ["$.generation.min_new_tokens: 5 is more than $.generation.max_new_tokens, which is 4"],
+    ),
+    "sampling at temperature 0": (
+        with_model(generation={"do_sample": True, "temperature": 0.0}),
+        [
+            "$.generation.temperature: 0 is greedy, but $.generation.do_sample is true; "
+            "raise it, or set $.generation.do_sample to false"
+        ],
+    ),
+    "options of sampling without sampling": (
+        with_model(generation={"do_sample": False, "temperature": 0.7, "top_k": 5, "top_p": 0.9}),
+        [f"$.generation.{name}: {NO_EFFECT}" for name in ("temperature", "top_k", "top_p")],
+    ),
+    "options of sampling at temperature 0": (
+        with_model(generation={"temperature": 0, "top_k": 5}),
+        ["$.generation.top_k: has no effect because $.generation.temperature is 0 (greedy); remove one of the two"],
+    ),
+    "output over input": (
+        with_model(job={"type": "encode", "texts_file": "a.txt", "output": "a.txt"}),
+        ["$.job.output: would overwrite $.job.texts_file; give it another name"],
+    ),
+}
+
+FINE: dict[str, dict[str, object]] = {
+    "every job fits a task of auto": with_model(job=PROMPTS),
+    "job fits its task": {"model": {"path": "m", "task": "causal_lm"}, "job": PROMPTS},
+    "new tokens within the budget": with_model(generation={"max_new_tokens": 63}, inference={"max_tokens": 64}),
+    "generation beside a job that does not generate": with_model(
+        job={"type": "encode", "texts": ["a"]}, generation={"max_new_tokens": 64}, inference={"max_tokens": 64}
+    ),
+    "least equals most": with_model(generation={"min_new_tokens": 4, "max_new_tokens": 4}),
+    "options that are off": with_model(generation={"do_sample": False, "temperature": 0, "top_k": 0, "top_p": 1}),
+    "greedy": with_model(generation={"temperature": 0}),
+    "sampling": with_model(generation={"do_sample": True, "temperature": 0.5, "top_k": 5, "top_p": 0.5}),
+    "options of sampling, the checkpoint decides": with_model(generation={"top_k": 5}),
+    "output elsewhere": with_model(job={"type": "encode", "texts_file": "a.txt", "output": "b.jsonl"}),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_rule_finds(name: str) -> None:
+    document, expected = BROKEN[name]
+    assert problems_of(document) == expected
+
+
+@pytest.mark.parametrize("name", FINE)
+def test_rule_allows(name: str) -> None:
+    load_config(FINE[name])
+
+
+def test_all_rules_run_at_once_and_beside_invalid_sections() -> None:
+    document = {
+        "model": {"path": "m", "task": "masked_lm"},
+        "embedding": {"pooling": 1},
+        "generation": {"min_new_tokens": 9, "max_new_tokens": 8, "do_sample": False, "top_k": 1},
+        "inference": {"max_tokens": 8},
+        "job": PROMPTS,
+    }
+    assert [line.split(":")[0] for line in problems_of(document)] == [
+        "$.embedding.pooling",
+        "$.job.type",
+        "$.generation.max_new_tokens",
+        "$.generation.min_new_tokens",
+        "$.generation.top_k",
+    ]
+
+
+def test_rules_that_read_an_invalid_section_wait() -> None:
+    document = with_model(generation={"max_new_tokens": 64}, inference={"max_tokens": 8, "page_size": 1})
+    assert [line.split(":")[0] for line in problems_of(document)] == ["$.inference.page_size"]
+
+
+def test_rules_read_fields_that_exist() -> None:
+    assert all(rule.reads <= Config.model_fields.keys() for rule in RULES)
+
+
+def test_defaults() -> None:
+    config = load_config({"model": {"path": "m"}})
+    assert config == Config(model=Model(path="m"))
+    assert (config.device, config.precision, config.kernels, config.job) == ("auto", "auto", "auto", None)
+    assert (config.inference.page_size, config.embedding.batch_size, config.generation.stop) == (16, 32, ())
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:17"])
+def test_devices(device: str) -> None:
+    assert load_config(with_model(device=device)).device == device
+
+
+@pytest.mark.parametrize("device", ["cuda:", "cuda:01", "cuda:-1", "cuda:0 ", "CPU", "cuda:٣", "", "mps"])
+def test_devices_that_do_not_exist(device: str) -> None:
+    assert problems_of(with_model(device=device))[0].startswith("$.device: got ")
+
+
+def test_whole_floats_are_integers() -> None:
+    config = load_config(with_model(generation={"top_k": 40.0, "temperature": 1}, inference={"page_size": 32.0}))
+    assert (config.generation.top_k, config.inference.page_size, config.generation.temperature) == (40, 32, 1.0)
+    assert type(config.generation.top_k) is int
+    assert type(config.generation.temperature) is float
+
+
+def test_configurations_do_not_change() -> None:
+    config = Config(model=Model(path="m"))
+    with pytest.raises(pydantic.ValidationError):
+        config.device = "cpu"  # type: ignore[misc]
+    assert hash(config) == hash(Config(model=Model(path="m")))
+
+
+def test_python_objects_are_as_strict() -> None:
+    with pytest.raises(pydantic.ValidationError):
+        Generation(top_k="5")  # type: ignore[arg-type]
+    with pytest.raises(pydantic.ValidationError):
+        Generation(temperature=float("nan"))
+    with pytest.raises(pydantic.ValidationError, match="give exactly one of"):
+        EncodeJob(type="encode")
+    with pytest.raises(pydantic.ValidationError, match="give exactly one of"):
+        GenerateJob(type="generate", prompts=("a",), prompts_file="b")
+
+
+def test_a_config_is_validated_as_a_whole() -> None:
+    good = Config(model=Model(path="${x} $${y}"), job=GenerateJob(type="generate", prompts=("a",)))
+    assert load_config(good) == good
+    bad = good.model_copy(update={"precision": "fp8"})
+    assert problems_of(bad) == [
+        '$.precision: got "fp8", wanted one of "auto", "fp32", "bf16", "fp16"; did you mean "fp16"?'
+    ]
+    contradiction = Config(
+        model=Model(path="m"), generation=Generation(max_new_tokens=9), inference=Inference(max_tokens=9)
+    )
+    assert len(problems_of(contradiction)) == 1
+
+
+def test_to_dict_is_plain_json_with_the_defaults() -> None:
+    document = Config(model=Model(path="m")).to_dict()
+    assert document["inference"] == {
+        "max_tokens": "auto",
+        "max_batch": "auto",
+        "page_size": 16,
+        "prefill_chunk": "auto",
+    }
+    assert "$schema" not in document
+    assert json.loads(Config(model=Model(path="m")).to_json()) == document
+    assert load_config(with_model(**{"$schema": "s.json"})).to_dict()["$schema"] == "s.json"

@@ -1,0 +1,267 @@
+"""Golden texts: what a user reads about each kind of broken document."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from config_schema import ConfigError, Problem, load_config
+
+ROOT_KEYS = "$schema, model, device, precision, kernels, inference, generation, embedding, job"
+JOBS = '"answer", "classify", "classify_tokens", "encode", "fill_mask", "generate"'
+
+
+def problems_of(document: object, **options: Any) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(document, **options)  # type: ignore[arg-type]
+    assert str(caught.value) == "\n".join(map(str, caught.value.problems))
+    return [str(problem) for problem in caught.value.problems]
+
+
+def with_model(**sections: object) -> dict[str, object]:
+    return {"model": {"path": "m"}, **sections}
+
+
+def with_job(**job: object) -> dict[str, object]:
+    return with_model(job=job)
+
+
+GOLDEN: dict[str, tuple[object, list[str]]] = {
+    "unknown key": (
+        {"model": {"path": "m", "taks": "auto"}},
+        ['$.model.taks: unknown key, did you mean "task"? (allowed: path, revision, gguf_file, task)'],
+    ),
+    "unknown key that resembles none": (
+        with_model(zzzz=1),
+        [f"$.zzzz: unknown key (allowed: {ROOT_KEYS})"],
+    ),
+    "key of another section": (
+        with_model(max_new_tokens=3),
+        [f"$.max_new_tokens: unknown key, did you mean $.generation.max_new_tokens? (allowed: {ROOT_KEYS})"],
+    ),
+    "key in another case": (
+        with_model(embedding={"Pooling": "cls"}),
+        ['$.embedding.Pooling: unknown key, did you mean "pooling"? (allowed: pooling, normalize, batch_size)'],
+    ),
+    "key that is no identifier": (
+        with_model(**{"a b\n\x1b": 1}),
+        [f'$["a b\\n\\u001b"]: unknown key (allowed: {ROOT_KEYS})'],
+    ),
+    "schema that is no string": (
+        with_model(**{"$schema": 5}),
+        ['$["$schema"]: got 5, wanted a string or null'],
+    ),
+    "empty object": ({}, ["$.model: missing, wanted an object"]),
+    "missing required key": (
+        {"model": {}},
+        ["$.model.path: missing, wanted a non-empty path without NUL characters"],
+    ),
+    "empty path": (
+        {"model": {"path": ""}},
+        ['$.model.path: got "", wanted a non-empty path without NUL characters'],
+    ),
+    "path with NUL": (
+        {"model": {"path": "a\0b"}},
+        ['$.model.path: got "a\\u0000b", wanted a non-empty path without NUL characters'],
+    ),
+    "file name with a directory": (
+        {"model": {"path": "m", "gguf_file": "../m.gguf"}},
+        [
+            '$.model.gguf_file: got "../m.gguf", wanted the name of a file in the model\'s directory, '
+            "without a path or null"
+        ],
+    ),
+    "section that is no object": (
+        {"model": "gpt2", "inference": [1]},
+        [
+            '$.model: got the string "gpt2", wanted an object',
+            "$.inference: got an array of 1, wanted an object",
+        ],
+    ),
+    "null for a section": (with_model(generation=None), ["$.generation: got null, wanted an object"]),
+    "misspelt choice": (
+        with_model(device="gpu", precision="float16", kernels="Eager"),
+        [
+            '$.device: got "gpu", wanted one of "auto", "cpu", "cuda" or a numbered GPU such as "cuda:0"; '
+            'did you mean "cpu"?',
+            '$.precision: got "float16", wanted one of "auto", "fp32", "bf16", "fp16"; did you mean "fp16"?',
+            '$.kernels: got "Eager", wanted one of "auto", "eager"; did you mean "eager"?',
+        ],
+    ),
+    "device with a line break": (
+        with_model(device="cuda:0\n"),
+        [
+            '$.device: got "cuda:0\\n", wanted one of "auto", "cpu", "cuda" or a numbered GPU such as "cuda:0"; '
+            'did you mean "cuda"?'
+        ],
+    ),
+    "string for a boolean": (
+        with_model(generation={"ignore_eos": "yes"}),
+        ['$.generation.ignore_eos: got the string "yes", wanted true or false'],
+    ),
+    "quoted boolean": (
+        with_model(generation={"ignore_eos": "true"}),
+        ['$.generation.ignore_eos: got the string "true", wanted true or false; remove the quotes'],
+    ),
+    "number for a boolean": (
+        with_model(generation={"do_sample": 1}),
+        ["$.generation.do_sample: got 1, wanted true, false or null"],
+    ),
+    "boolean for an integer": (
+        with_model(generation={"top_k": True}),
+        ["$.generation.top_k: got true, wanted an integer from 0 to 2147483647 or null"],
+    ),
+    "quoted number": (
+        with_model(generation={"temperature": "0.7", "seed": "1"}),
+        [
+            '$.generation.temperature: got the string "0.7", wanted a number of at least 0 or null; remove the quotes',
+            '$.generation.seed: got the string "1", wanted an integer from 0 to 9223372036854775807 or null; '
+            "remove the quotes",
+        ],
+    ),
+    "fraction for an integer": (
+        with_model(embedding={"batch_size": 1.5}),
+        ["$.embedding.batch_size: got 1.5, wanted an integer from 1 to 2147483647"],
+    ),
+    "one line for a union": (
+        with_model(inference={"max_tokens": 0, "max_batch": "atuo", "prefill_chunk": None}),
+        [
+            '$.inference.max_tokens: got 0, wanted an integer from 1 to 2147483647 or "auto"',
+            '$.inference.max_batch: got "atuo", wanted an integer from 1 to 2147483647 or "auto"; did you mean "auto"?',
+            '$.inference.prefill_chunk: got null, wanted an integer from 1 to 2147483647 or "auto"',
+        ],
+    ),
+    "not a power of two": (
+        with_model(inference={"page_size": 24}),
+        ["$.inference.page_size: got 24, wanted one of 8, 16, 32, 64, 128, 256"],
+    ),
+    "out of range": (
+        with_model(generation={"top_p": 1.5, "temperature": -0.5, "logprobs": 21, "repetition_penalty": 0}),
+        [
+            "$.generation.top_p: got 1.5, wanted a number above 0 and at most 1 or null",
+            "$.generation.temperature: got -0.5, wanted a number of at least 0 or null",
+            "$.generation.logprobs: got 21, wanted an integer from 0 to 20 or null",
+            "$.generation.repetition_penalty: got 0, wanted a number above 0 or null",
+        ],
+    ),
+    "far out of range": (
+        with_model(generation={"seed": 10**40, "top_k": 1e300}),
+        [
+            "$.generation.seed: got 1e+40, wanted an integer from 0 to 9223372036854775807 or null",
+            "$.generation.top_k: got 1e+300, wanted an integer from 0 to 2147483647 or null",
+        ],
+    ),
+    "boolean or auto": (
+        with_model(embedding={"normalize": "yes"}),
+        ['$.embedding.normalize: got "yes", wanted true, false or "auto"'],
+    ),
+    "elements of arrays": (
+        with_model(generation={"stop": ["a", "", 5]}),
+        [
+            '$.generation.stop[1]: got "", wanted a non-empty string',
+            "$.generation.stop[2]: got 5, wanted a non-empty string",
+        ],
+    ),
+    "string for an array": (
+        with_job(type="generate", prompts="hello"),
+        ['$.job.prompts: got the string "hello", wanted a non-empty array of strings or null'],
+    ),
+    "empty array": (
+        with_job(type="encode", texts=[]),
+        ["$.job.texts: got an empty array, wanted a non-empty array of strings or null"],
+    ),
+    "array in which nothing is valid": (
+        with_job(type="encode", texts=[1]),
+        ["$.job.texts[0]: got 1, wanted a string"],
+    ),
+    "pairs": (
+        with_job(type="classify", texts=["a", ["a", "b"], ["a"], ["a", 1], ["a", "b", "c"], {"str": 1}, []]),
+        [
+            "$.job.texts[2]: got an array of 1, wanted a string or an array of 2 strings",
+            "$.job.texts[3]: got an array of 2, wanted a string or an array of 2 strings",
+            "$.job.texts[4]: got an array of 3, wanted a string or an array of 2 strings",
+            "$.job.texts[5]: got an object, wanted a string or an array of 2 strings",
+            "$.job.texts[6]: got an empty array, wanted a string or an array of 2 strings",
+        ],
+    ),
+    "job without a type": (with_job(prompts=["a"]), [f"$.job.type: missing, wanted one of {JOBS}"]),
+    "job of a misspelt type": (
+        with_job(type="fillmask"),
+        [f'$.job.type: got "fillmask", wanted one of {JOBS}; did you mean "fill_mask"?'],
+    ),
+    "job of no type": (with_job(type=["generate"]), [f"$.job.type: got an array of 1, wanted one of {JOBS}"]),
+    "job that is no object": (
+        with_model(job="generate"),
+        ['$.job: got the string "generate", wanted an object or null'],
+    ),
+    "key like the tag of a union": (
+        with_job(type="generate", prompts=["a"], generate=1),
+        ["$.job.generate: unknown key (allowed: type, prompts, messages, prompts_file, output, stream)"],
+    ),
+    "none of several sources": (
+        with_job(type="generate", prompts=None),
+        ['$.job: give exactly one of "prompts", "messages", "prompts_file"; none is there'],
+    ),
+    "two sources, and a wrong type beside": (
+        with_job(type="encode", texts=["a"], texts_file="b", similarity="no"),
+        [
+            '$.job: give exactly one of "texts", "texts_file"; "texts" and "texts_file" are there',
+            '$.job.similarity: got the string "no", wanted true or false',
+        ],
+    ),
+    "parts of messages": (
+        with_job(type="generate", messages=[{"role": "bot", "content": 1, "name": "x"}, {}, "hi"]),
+        [
+            '$.job.messages[0].role: got "bot", wanted one of "system", "user", "assistant", "tool"',
+            "$.job.messages[0].content: got 1, wanted a string",
+            "$.job.messages[0].name: unknown key (allowed: role, content)",
+            '$.job.messages[1].role: missing, wanted one of "system", "user", "assistant", "tool"',
+            "$.job.messages[1].content: missing, wanted a string",
+            '$.job.messages[2]: got the string "hi", wanted an object',
+        ],
+    ),
+    "missing array": (
+        with_job(type="answer"),
+        ["$.job.questions: missing, wanted a non-empty array of objects"],
+    ),
+    "long string": (
+        with_model(precision="x" * 500),
+        [f'$.precision: got "{"x" * 77}...", wanted one of "auto", "fp32", "bf16", "fp16"'],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_message_of(name: str) -> None:
+    document, expected = GOLDEN[name]
+    assert problems_of(document) == expected
+
+
+def test_problems_come_in_the_order_of_the_document() -> None:
+    document = {"job": {"type": "encode", "b": 1, "a": 1}, "zz": 1, "generation": {"top_p": 5, "top_k": -1}}
+    assert [line.split(":")[0] for line in problems_of(document)] == [
+        "$.job",
+        "$.job.b",
+        "$.job.a",
+        "$.zz",
+        "$.generation.top_p",
+        "$.generation.top_k",
+        "$.model",
+    ]
+
+
+def test_long_lists_of_problems_are_counted() -> None:
+    lines = problems_of(with_job(type="encode", texts=list(range(250))))
+    assert len(lines) == 101
+    assert lines[99:] == ["$.job.texts[99]: got 99, wanted a string", "$: and 150 more problems"]
+
+
+def test_every_message_is_one_line() -> None:
+    for document, _ in GOLDEN.values():
+        assert all(len(line.splitlines()) == 1 for line in problems_of(document))
+
+
+def test_problem_without_a_path_is_its_message() -> None:
+    assert str(Problem("", "is empty")) == "is empty"
+    assert str(Problem("$.a", "is wrong")) == "$.a: is wrong"
