@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -14,6 +15,14 @@ Schema: TypeAlias = Mapping[str, Any]
 """A part of a JSON Schema, as pydantic makes it."""
 
 _LONGEST_INTEGER = 20
+
+_UNQUOTED = (
+    (re.compile(r"true|false"), {"boolean"}),
+    (re.compile(r"null"), {"null"}),
+    (re.compile(r"-?[0-9]+"), {"integer", "number"}),
+    (re.compile(r"-?[0-9]+\.[0-9]+"), {"number"}),
+)
+"""Texts that would be a value without their quotes, and of which types."""
 
 
 def resolved(root: Schema, node: Schema) -> Schema:
@@ -131,17 +140,8 @@ def hint(root: Schema, node: Schema, value: Json) -> str:
     if guess is not None:
         return f"; did you mean {quote(guess)}?"
     kinds = {branch.get("type") for branch in branches}
-    unquoted = {"true": "boolean", "false": "boolean", "null": "null"}.get(value) or _kind_of_number(value)
-    if unquoted in kinds or (unquoted == "integer" and "number" in kinds):
-        return "; remove the quotes"
-    return ""
-
-
-def _kind_of_number(text: str) -> str | None:
-    try:
-        return {int: "integer", float: "number"}.get(type(json.loads(text)))
-    except ValueError:
-        return None
+    unquoted = next((kinds & fits for pattern, fits in _UNQUOTED if pattern.fullmatch(value)), None)
+    return "; remove the quotes" if unquoted else ""
 
 
 def closest(word: str, choices: Iterable[str]) -> str | None:

@@ -26,8 +26,8 @@ MAX_BYTES = 1 << 20
 MAX_DEPTH = 64
 """Most levels of arrays and objects within each other."""
 
-MAX_VALUES = 1 << 20
-"""Most values in a Python mapping; a file of MAX_BYTES cannot hold as many."""
+MAX_VALUES = MAX_BYTES // 2 + 1
+"""Most values in a Python mapping; a file of MAX_BYTES cannot hold more."""
 
 _LONGEST_NUMBER = 400
 

@@ -19,6 +19,9 @@ Task = Literal[
     "causal_lm", "embedding", "sequence_classification", "token_classification", "question_answering", "masked_lm"
 ]
 
+#: What makes scores of a sequence classifier's outputs: one label of several, each label alone, or a plain number.
+Scores = Literal["softmax", "sigmoid", "none"]
+
 
 @dataclass(frozen=True)
 class NoPositions:
@@ -69,6 +72,7 @@ class HeadSpec:
     bias:       the output projection has a bias.
     tied:       the output projection is the token embedding.
     labels:     names of the outputs, where the checkpoint gives them.
+    scores:     what makes scores of the outputs.
     """
 
     task: Task
@@ -80,6 +84,7 @@ class HeadSpec:
     bias: bool = False
     tied: bool = False
     labels: tuple[str, ...] = ()
+    scores: Scores = "softmax"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,4 +92,6 @@ def _sync_directory(directory: Path) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise CheckpointError(f"{directory}: the file is written, but not its name: {error.strerror or error}") from error
+        raise CheckpointError(
+            f"{directory}: the file is written, but not its name: {error.strerror or error}"
+        ) from error

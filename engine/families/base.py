@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from engine.errors import CheckpointError
-from ops.spec import Activation, ModelSpec, Task
+from ops.spec import Activation, ModelSpec, Scores, Task
 
 T = TypeVar("T", bool, int, float, str)
 
@@ -86,6 +86,13 @@ class HFConfig:
         if isinstance(names, Mapping):
             return tuple(str(names[key]) for key in sorted(names, key=int))
         return tuple(f"LABEL_{i}" for i in range(self.get(int, "num_labels", 2)))
+
+    def scores(self) -> Scores:
+        """What makes scores of a sequence classifier's outputs: ``problem_type``, else the number of labels, as in Hugging Face."""
+        kind = self.optional(str, "problem_type")
+        if kind == "regression":
+            return "none"
+        return "sigmoid" if kind == "multi_label_classification" or len(self.labels()) == 1 else "softmax"
 
     def task(self) -> Task | None:
         """What the checkpoint's own class computes, or None where the config names no class."""

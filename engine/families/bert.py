@@ -82,7 +82,14 @@ def encoder_head(config: HFConfig, task: Task) -> HeadSpec:
         return HeadSpec(task=task, outputs=0, first_token=True, dense=True, activation="tanh")
     if task == "sequence_classification":
         return HeadSpec(
-            task=task, outputs=len(labels), first_token=True, dense=True, activation="tanh", bias=True, labels=labels
+            task=task,
+            outputs=len(labels),
+            first_token=True,
+            dense=True,
+            activation="tanh",
+            bias=True,
+            labels=labels,
+            scores=config.scores(),
         )
     if task == "masked_lm":
         return HeadSpec(

@@ -13,7 +13,14 @@ def _head(config: HFConfig, task: Task) -> HeadSpec | None:
         return None
     if task == "sequence_classification":
         return HeadSpec(
-            task=task, outputs=len(labels), first_token=True, dense=True, activation="relu", bias=True, labels=labels
+            task=task,
+            outputs=len(labels),
+            first_token=True,
+            dense=True,
+            activation="relu",
+            bias=True,
+            labels=labels,
+            scores=config.scores(),
         )
     if task == "masked_lm":
         return HeadSpec(

@@ -73,25 +73,30 @@ def _is_id(item: Any) -> bool:
 
 
 def _from_texts(items: list[Any], text: Text) -> Rows:
-    encoded = [text.tokenizer(*item) if isinstance(item, tuple) else text.tokenizer(item) for item in items]
-    types = [list(row["token_type_ids"]) for row in encoded if "token_type_ids" in row]
-    return Rows([list(row["input_ids"]) for row in encoded], types if len(types) == len(items) else None)
+    encoded = text.tokenizer(items)
+    types = encoded.get("token_type_ids")
+    return Rows([list(row) for row in encoded["input_ids"]], None if types is None else [list(row) for row in types])
 
 
 def _from_tensor(ids: Tensor, attention_mask: Any, token_type_ids: Any) -> Rows:
     if ids.dim() not in (1, 2) or ids.is_floating_point() or ids.dtype == torch.bool:
         raise EngineError(f"input_ids: wanted integers [sequences, tokens], got {ids.dtype} {list(ids.shape)}")
     single = ids.dim() == 1
-    ids = ids.detach().cpu().reshape(-1, ids.shape[-1])
-    mask = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask).cpu().reshape(-1, ids.shape[-1])
-    if mask.shape != ids.shape:
-        raise EngineError(f"attention_mask: shape {list(mask.shape)} does not fit input_ids {list(ids.shape)}")
-    places = mask.bool()
+    ids = torch.atleast_2d(ids.detach().cpu())
+    places = _beside(ids, attention_mask, "attention_mask", 1).bool()
     types = None
     if token_type_ids is not None:
-        given = torch.as_tensor(token_type_ids).cpu().reshape(-1, ids.shape[-1])
-        if given.shape != ids.shape:
-            raise EngineError(f"token_type_ids: shape {list(given.shape)} does not fit input_ids {list(ids.shape)}")
+        given = _beside(ids, token_type_ids, "token_type_ids", 0)
         types = [row[keep].tolist() for row, keep in zip(given, places, strict=True)]
     rows = [row[keep].tolist() for row, keep in zip(ids, places, strict=True)]
     return Rows(rows, types, places, single)
+
+
+def _beside(ids: Tensor, given: Any, name: str, otherwise: int) -> Tensor:
+    """``given`` as a tensor of ``ids``' shape [B, S]; ``otherwise`` everywhere if it is None."""
+    if given is None:
+        return torch.full_like(ids, otherwise)
+    found = torch.atleast_2d(torch.as_tensor(given).cpu())
+    if found.shape != ids.shape:
+        raise EngineError(f"{name}: shape {list(found.shape)} does not fit input_ids {list(ids.shape)}")
+    return found

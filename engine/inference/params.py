@@ -99,9 +99,9 @@ def resolve(*layers: Mapping[str, Any], fresh_seed: int) -> SamplingParams:
     for layer in reversed(layers):
         given = {key: value for key, value in layer.items() if value is not None}
         if "do_sample" not in given and any(key in given for key in SAMPLING_OPTIONS):
-            merged["do_sample"] = given.get("temperature", 1.0) > 0
+            merged["do_sample"] = given.get("temperature", 1.0) != 0
         merged.update(given)
-    sampling = bool(merged.get("do_sample", False)) and merged.get("temperature", 1.0) > 0
+    sampling = bool(merged.get("do_sample", False)) and merged.get("temperature", 1.0) != 0
     eos = merged.get("eos_token_id")
     stop_ids = frozenset([eos] if isinstance(eos, int) else eos or ())
     stop = merged.get("stop") or ()

@@ -56,10 +56,10 @@ def keep_top_k(logits: Tensor, top_k: Tensor, ordered: Tensor) -> Tensor:
 def keep_top_p(logits: Tensor, mass: Tensor, top_p: Tensor, ordered: Tensor) -> Tensor:
     """Which tokens are needed, the most probable first, to reach ``top_p`` [B], bool [B, V]; 1 or more keeps all.
 
-    At least one token stays. Where the limit falls between equal logits, as many stay as with Hugging Face, and those of
-    the higher ids (there an unstable sort chooses). ``mass`` [B, V] is :func:`masses`, 0 for the tokens that top-k removed. ``ordered`` is
-    :func:`largest` of the whole vocabulary, or of at least ``top_k`` in every row that has a ``top_p``: survivors
-    behind its end then tie with its last.
+    At least one token stays. Where the limit falls between equal logits, as many stay as with Hugging Face, those of
+    the highest ids (there an unstable sort chooses which). ``mass`` [B, V] is :func:`masses`, 0 for tokens that top-k
+    removed. ``ordered`` is :func:`largest` of the whole vocabulary, or of at least ``top_k`` in every row that has a
+    ``top_p``: survivors behind its end then tie with its last.
     """
     budget = top_p.unsqueeze(1) * mass.sum(1, keepdim=True)
     ranked = masses(ordered, ordered[:, :1])

@@ -81,11 +81,11 @@ GOLDEN: dict[str, tuple[object, list[str]]] = {
     ),
     "null for a section": (with_model(generation=None), ["$.generation: got null, wanted an object"]),
     "misspelt choice": (
-        with_model(device="gpu", precision="float16", kernels="Eager"),
+        with_model(device="gpu", precision="PF16", kernels="Eager"),
         [
             '$.device: got "gpu", wanted one of "auto", "cpu", "cuda" or a numbered GPU such as "cuda:0"; '
             'did you mean "cpu"?',
-            '$.precision: got "float16", wanted one of "auto", "fp32", "bf16", "fp16"; did you mean "fp16"?',
+            '$.precision: got "PF16", wanted one of "auto", "fp32", "bf16", "fp16"; did you mean "fp16"?',
             '$.kernels: got "Eager", wanted one of "auto", "eager"; did you mean "eager"?',
         ],
     ),

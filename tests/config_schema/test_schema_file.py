@@ -49,9 +49,11 @@ def job_strategies() -> st.SearchStrategy[Any]:
         ("fill_mask", texts_or_file(TEXTS), {"top_k": COUNTS}),
     ]
     return st.one_of(
-        section({"type": st.just(kind), **source}, {**output, **options})
-        for kind, sources, options in kinds
-        for source in sources
+        [
+            section({"type": st.just(kind), **source}, {**output, **options})
+            for kind, sources, options in kinds
+            for source in sources
+        ]
     )
 
 
@@ -66,7 +68,7 @@ VALID = section(
             {"path": PATHS},
             {
                 "revision": or_null(st.text(min_size=1, max_size=3)),
-                "gguf_file": or_null(st.sampled_from(["m.gguf", "...", "\n", "..\n", "ü"])),
+                "gguf_file": or_null(st.sampled_from(["m.gguf", "...", "\n", "ü"])),
                 "task": st.sampled_from(["auto", "causal_lm", "embedding", "masked_lm", "token_classification"]),
             },
         )
@@ -113,7 +115,26 @@ VALID = section(
     },
 )
 
-EDGES = [None, True, False, 0, 1, -1, 1.0, 0.0, -0.0, 8.0, 16.5, 20, 21, 1.5, 5e-324, 2**31 - 1, 2**31, 2.0**31]
+EDGES: list[Any] = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    1.0,
+    0.0,
+    -0.0,
+    8.0,
+    16.5,
+    20,
+    21,
+    1.5,
+    5e-324,
+    2**31 - 1,
+    2**31,
+    2.0**31,
+]
 EDGES += [2**63 - 1, 2**63, 2.0**63, 10**30, 1e30, 1e300, 1.7976931348623157e308, 10**308, -(10**30)]
 EDGES += ["", "auto", "true", "1", "cuda\n", "cuda:0\n", "cuda:00", "cpu ", "a/b", "..", "..\n", "\0", "x\0", "cls"]
 EDGES += ["generate", "encode", [], {}, [[]], [""], ["a"], ["a", "b"], [1], [None], {"type": "encode"}, {"type": None}]
@@ -208,7 +229,9 @@ FULL_JOBS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("job", FULL_JOBS, ids=lambda job: str(job["type"]))
 def test_both_give_the_same_verdict_with_every_edge_in_every_place(job: dict[str, Any]) -> None:
-    full = load_config({"model": {"path": "m"}}).to_dict() | {"job": job}
+    """The other sections are whole beside the first job only: they do not depend on it."""
+    sections = load_config({"model": {"path": "m"}}).to_dict() if job is FULL_JOBS[0] else {"model": {"path": "m"}}
+    full = sections | {"job": job}
     verdicts = set()
     for index in range(len(slots_of(full))):
         for edge in EDGES:
@@ -226,18 +249,24 @@ def test_both_refuse_the_golden_documents(name: str) -> None:
     assert schema_problems(GOLDEN[name][0])  # type: ignore[arg-type]
 
 
+def loaded_or_refused(document: dict[str, Any]) -> Config | None:
+    """The configuration, or None where it was refused by problems that are one line each and name a place."""
+    try:
+        return load_config(document)
+    except ConfigError as error:
+        lines = [(problem.path[:1], len(str(problem).splitlines())) for problem in error.problems]
+    assert lines
+    assert set(lines) == {("$", 1)}
+    return None
+
+
 @settings(deadline=None, max_examples=150)
 @given(VALID_DOCUMENTS, st.integers(0, 2), st.randoms(use_true_random=False))
 def test_whatever_loads_is_read_back_equal(document: dict[str, Any], times: int, chance: random.Random) -> None:
     for _ in range(times):
         mutate(document, chance)
-    try:
-        config = load_config(document)
-    except ConfigError as error:
-        lines = str(error).splitlines()
-        assert len(lines) == len(error.problems) > 0
-        assert all(line.startswith("$") for line in lines)
-    else:
+    config = loaded_or_refused(document)
+    if config is not None:
         assert load_config(config.to_dict()) == config
         assert load_config(json.loads(config.to_json())) == config
         assert load_config(config) == config

@@ -64,8 +64,8 @@ def sharded(directory: Path, suffix: str = "safetensors") -> Path:
     directory.mkdir(exist_ok=True)
     write_json(directory / "config.json", CONFIG)
     stem = {"safetensors": "model", "bin": "pytorch_model"}[suffix]
-    save = {"safetensors": safetensors.torch.save_file, "bin": torch.save}[suffix]
-    weight_map = {}
+    save: Callable[[dict[str, Tensor], Path], object] = safetensors.torch.save_file if stem == "model" else torch.save
+    weight_map: dict[str, str] = {}
     for number, part in enumerate(shards(), 1):
         name = f"{stem}-{number:05d}-of-00003.{suffix}"
         save(part, directory / name)

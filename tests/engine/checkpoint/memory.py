@@ -1,11 +1,11 @@
 """The private memory of this process, and its peak: the ruler of the memory tests.
 
 USS, "unique set size", is what would be freed if the process ended: ``Private_Clean + Private_Dirty`` in
-``/proc/self/smaps``. It counts the pages of a mapped file as soon as this process is the only one that touched them, though
-they are the page cache's and can be dropped at any time; a file just written counts as ``Private_Dirty`` even where the
-mapping is only read. What loading costs is the rest: pages that belong to no file, which are ``Anonymous`` in smaps.
-These are the heap, large allocations, and pages of a private mapping that were written to (and so copied). The kernel sums
-them over all mappings in ``/proc/self/smaps_rollup``.
+``/proc/self/smaps``. It counts the pages of a mapped file as soon as this process is the only one that touched them,
+though they are the page cache's and can be dropped at any time; those of a file just written count as
+``Private_Dirty`` even where the mapping is only read. What loading costs is the rest: pages of no file, ``Anonymous``
+in smaps. These are the heap, large allocations, and pages of a private mapping that were written to (and so copied).
+The kernel sums them over all mappings in ``/proc/self/smaps_rollup``.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class PeakMemory:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop.set()
         self._thread.join()
         self.sample()

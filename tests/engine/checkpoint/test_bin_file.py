@@ -31,7 +31,9 @@ class Exploit:
 def test_code_does_not_run(zipped: bool, tmp_path: Path) -> None:
     path, marker = tmp_path / "pytorch_model.bin", tmp_path / "ran"
     torch.save({"a": torch.ones(2), "b": Exploit(marker)}, path, _use_new_zipfile_serialization=zipped)
-    refused(lambda: BinFile(path), str(path), "posix.system", "a pickle is not run", "save_pretrained() writes safetensors")
+    refused(
+        lambda: BinFile(path), str(path), "posix.system", "a pickle is not run", "save_pretrained() writes safetensors"
+    )
     assert not marker.exists()
     torch.load(path, weights_only=False)
     assert marker.exists(), "the exploit works where pickles are run, so the test above proves something"

@@ -35,7 +35,13 @@ def test_all_is_well(tmp_path: Path) -> None:
 
 
 def test_one_line_for_each_problem(tmp_path: Path) -> None:
-    expected = {**EXPECTED, "embed.weight": (6, 5), "layers.0.mlp.wieght": (3, 4), "head.bias": (6,), "layers.1.ids": (5,)}
+    expected = {
+        **EXPECTED,
+        "embed.weight": (6, 5),
+        "layers.0.mlp.wieght": (3, 4),
+        "head.bias": (6,),
+        "layers.1.ids": (5,),
+    }
     del expected["layers.0.mlp.weight"]
     assert problems(expected, tmp_path) == [
         "here: its tensors are not those of the model: 2 missing, 1 of another shape, 1 of another dtype, 1 surplus",

@@ -63,7 +63,7 @@ def test_locate_names_the_shard(tmp_path: Path) -> None:
 
 
 def test_reads_are_views_of_the_file(tmp_path: Path) -> None:
-    """Writing into the file shows in a tensor read before: nothing was copied. Writing to the tensor does not reach it."""
+    """Writing into the file shows in a tensor read before: nothing was copied. The other way it does not show."""
     path = builders.single(tmp_path / "model", {"weight": torch.zeros(4, 2)}) / "model.safetensors"
     source = open_checkpoint(str(path.parent)).source
     view = source.read("weight")

@@ -44,7 +44,7 @@ def gpt2_tensors() -> dict[str, tuple[int, ...]]:
     """llama.cpp's names and shapes of a GPT-2 (its Conv1D weights transposed), with the head stored apart."""
     shapes: dict[str, tuple[int, ...]] = {
         "token_embd.weight": (VOCABULARY, HIDDEN),
-        "position_embd.weight": (32, HIDDEN),
+        "position_embd.weight": (1024, HIDDEN),  # transformers reads no other length
         "output_norm.weight": (HIDDEN,),
         "output_norm.bias": (HIDDEN,),
         "output.weight": (VOCABULARY, HIDDEN),
@@ -66,11 +66,13 @@ def gpt2_tensors() -> dict[str, tuple[int, ...]]:
 TENSORS = {"llama": llama_tensors, "gpt2": gpt2_tensors}
 
 
-def write(path: Path, architecture: str, quantization: str = "Q8_0", **extra: tuple[int, ...]) -> Path:
+def write(
+    path: Path, architecture: str, quantization: str = "Q8_0", extra: dict[str, tuple[int, ...]] | None = None
+) -> Path:
     """A GGUF file with random weights: matrices quantized, vectors in float32; ``extra`` are further float32 tensors."""
-    writer = gguf.GGUFWriter(path, "gpt2" if architecture == "gpt2" else architecture)
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("test")
-    writer.add_context_length(32)
+    writer.add_context_length(1024)
     writer.add_embedding_length(HIDDEN)
     writer.add_feed_forward_length(FFN)
     writer.add_block_count(LAYERS)
@@ -83,7 +85,7 @@ def write(path: Path, architecture: str, quantization: str = "Q8_0", **extra: tu
     writer.add_token_list([f"t{i}" for i in range(VOCABULARY)])
     generator = np.random.default_rng(0)
     kind = gguf.GGMLQuantizationType[quantization]
-    for name, shape in (TENSORS.get(architecture, dict)() | extra).items():
+    for name, shape in (TENSORS.get(architecture, dict)() | (extra or {})).items():
         values = generator.standard_normal(shape).astype(np.float32)
         if len(shape) == 1:
             writer.add_tensor(name, values)
@@ -100,7 +102,9 @@ def transformers_state(path: Path) -> tuple[dict[str, torch.Tensor], Any]:
     """What ``from_pretrained(gguf_file=...)`` loads."""
     transformers: Any = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).float()
+    dtype = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+    options = {"gguf_file": path.name, dtype: torch.float32}
+    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options)
     return model.state_dict(), model.config
 
 
@@ -131,7 +135,7 @@ def type_name(architecture: str) -> str:
 
 def test_a_tensor_without_a_name_in_transformers_is_surplus(tmp_path: Path) -> None:
     """Llama 3.1's factors, say: transformers drops them without a word, which would give wrong positions."""
-    path = write(tmp_path / "model.gguf", "llama", **{"rope_freqs.weight": (8,)})
+    path = write(tmp_path / "model.gguf", "llama", extra={"rope_freqs.weight": (8,)})
     source = open_checkpoint(str(tmp_path), gguf_file=path.name).source
     assert source.shape("rope_freqs.weight") == (8,)
     assert source.read("rope_freqs.weight").shape == (8,)
@@ -184,4 +188,6 @@ def test_the_package_is_not_installed(tmp_path: Path) -> None:
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=True)
-    assert done.stdout == f'{tmp_path / "a.gguf"}: GGUF needs optional packages: pip install "slipstream-runtime[gguf]"\n'
+    assert (
+        done.stdout == f'{tmp_path / "a.gguf"}: GGUF needs optional packages: pip install "slipstream-runtime[gguf]"\n'
+    )

@@ -46,10 +46,17 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         yield running
 
 
-def attempts(cache: Path, endpoint: str, *requests: tuple[str, str | None, str | None], **env: str) -> list[dict[str, Any]]:
+def attempts(
+    cache: Path, endpoint: str, *requests: tuple[str, str | None, str | None], **env: str
+) -> list[dict[str, Any]]:
     """What :mod:`tests.engine.checkpoint.open_worker` finds with this cache and hub; no token, no other setting."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_"))}
-    settings = {"HF_HOME": str(cache), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}
+    settings = {
+        "HF_HOME": str(cache),
+        "HF_ENDPOINT": endpoint,
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
     done = subprocess.run(
         [sys.executable, "-m", "tests.engine.checkpoint.open_worker"],
         input=json.dumps(requests),
@@ -80,14 +87,20 @@ def test_fetches_what_a_checkpoint_needs_and_nothing_else(hub: Hub, cache: Path)
     shards = {f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)}
     small = {"config.json", "model.safetensors.index.json", "tokenizer.json", "1_Pooling/config.json", "merges.txt"}
     assert fetched == {f"org/sharded/{name}" for name in shards | small}
-    assert {name for name in hub.fetched if name.startswith("org/bin/")} == {"org/bin/config.json", "org/bin/pytorch_model.bin"}
+    assert {name for name in hub.fetched if name.startswith("org/bin/")} == {
+        "org/bin/config.json",
+        "org/bin/pytorch_model.bin",
+    }
     snapshot = next((cache / "hub" / "models--org--sharded" / "snapshots").iterdir())
     assert (snapshot / "config.json").is_symlink(), "the cache links to its blobs, so the test covers that layout"
 
 
 def test_failures_say_what_to_do(hub: Hub, cache: Path, tmp_path: Path) -> None:
     cases: list[tuple[tuple[str, str | None, str | None], tuple[str, ...]]] = [
-        (("org/nothing", None, None), ("org/nothing", "no directory", f"no repository of this name at {hub.url}", "HF_TOKEN")),
+        (
+            ("org/nothing", None, None),
+            ("org/nothing", "no directory", f"no repository of this name at {hub.url}", "HF_TOKEN"),
+        ),
         (("org/gated", None, None), ("org/gated: gated", f"{hub.url}/org/gated", "hf auth login")),
         (("org/sharded", "v9", None), ("org/sharded", "no revision 'v9'")),
         (("org/broken", None, None), ("org/broken", hub.url, "500")),
@@ -108,7 +121,12 @@ def test_failures_say_what_to_do(hub: Hub, cache: Path, tmp_path: Path) -> None:
 def test_offline(hub: Hub, cache: Path) -> None:
     before = len(hub.fetched)
     cached, missing, old_bin = attempts(
-        cache, hub.url, ("org/sharded", None, None), ("org/other", None, None), ("org/bin", SHA, None), HF_HUB_OFFLINE="1"
+        cache,
+        hub.url,
+        ("org/sharded", None, None),
+        ("org/other", None, None),
+        ("org/bin", SHA, None),
+        HF_HUB_OFFLINE="1",
     )
     assert cached["names"] == TENSORS
     assert old_bin["names"] == TENSORS

@@ -110,14 +110,18 @@ def test_a_link_that_leaves_the_directory(name: str, directory: Path, tmp_path: 
     outside = tmp_path / "outside"
     (directory / name).rename(outside)
     (directory / name).symlink_to(outside)
-    refused(lambda: open_checkpoint(str(directory)), str(directory / name), f"a symbolic link to {outside}", "Copy the file")
+    refused(
+        lambda: open_checkpoint(str(directory)), str(directory / name), f"a symbolic link to {outside}", "Copy the file"
+    )
 
 
 def test_links_inside_and_a_link_to_the_directory_are_followed(directory: Path, tmp_path: Path) -> None:
     (directory / SHARD(2)).rename(directory / "real.safetensors")
     (directory / SHARD(2)).symlink_to("real.safetensors")
     (tmp_path / "alias").symlink_to(directory)
-    assert torch.equal(open_checkpoint(str(tmp_path / "alias")).source.read("layers.1.scale"), torch.tensor(2.5).double())
+    assert torch.equal(
+        open_checkpoint(str(tmp_path / "alias")).source.read("layers.1.scale"), torch.tensor(2.5).double()
+    )
 
 
 def test_links_that_lead_nowhere(directory: Path) -> None:

@@ -61,12 +61,12 @@ def optimizer_step(model: Tied) -> None:
 
 
 def write_through_a_detached_view(model: Tied) -> None:
-    model.layers[0].weight.detach()[0].zero_()
+    model.get_parameter("layers.0.weight").detach()[0].zero_()
 
 
 def write_in_place(model: Tied) -> None:
     with torch.no_grad():
-        model.layers[0].bias.add_(1)
+        model.get_parameter("layers.0.bias").add_(1)
 
 
 def swap_data(model: Tied) -> None:
@@ -89,7 +89,7 @@ SEEN: list[Callable[[Tied], object]] = [
     swap_data,
     load,
     add_module,
-    lambda model: model.table.fill_(0),
+    lambda model: model.get_buffer("table").fill_(0),
     lambda model: model.to(torch.bfloat16),
 ]
 
@@ -118,8 +118,8 @@ def test_version_stays_while_the_model_is_only_used(model: Tied) -> None:
 def test_what_version_cannot_see_is_told_by_hand(model: Tied) -> None:
     source = StateDictSource(model)
     before = source.version
-    model.layers[0].weight.data.add_(1)
-    model.layers[0].bias.detach().numpy()[0] = 5
+    model.get_parameter("layers.0.weight").data.add_(1)
+    model.get_parameter("layers.0.bias").detach().numpy()[0] = 5
     assert source.version == before, "seen after all: the docstring of StateDictSource.version can be shortened"
     source.mark_changed()
     assert source.version != before

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
-    GenerationConfig,
     LogitsProcessorList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -37,6 +36,8 @@ def assert_distributed(tokens: Tensor, probabilities: Tensor) -> None:
     expected = torch.cat((expected[~rare], expected[rare].sum(0, keepdim=True)))
     counts, expected = counts[expected > 0], expected[expected > 0]
     statistic = ((counts - expected) ** 2 / expected).sum()
+    if len(counts) == 1:
+        return
     freedom = torch.tensor(len(counts) - 1, dtype=torch.float64)
     assert torch.special.gammaincc(freedom / 2, statistic / 2) > 1e-4
 
@@ -173,16 +174,9 @@ def test_a_selected_row_goes_on_as_it_would_have() -> None:
 def test_logits_are_not_changed() -> None:
     scores = logits(8, 1003)
     before = scores.clone()
-    state = SamplingState.create(8, 1003, eos=[7], **MIXED)
+    state = SamplingState.create(8, 1003, "cpu", eos=[7], **MIXED)
     sample(scores, state, logprobs=3)
     assert torch.equal(scores, before)
-
-
-def test_generation_configs_defaults_are_ours() -> None:
-    """What Hugging Face treats as "off" is what our parameters' defaults mean."""
-    config = GenerationConfig()
-    assert config.repetition_penalty in (None, 1.0)
-    assert config.top_p in (None, 1.0)
 
 
 # ==== Broken logits ====
