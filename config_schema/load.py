@@ -24,7 +24,10 @@ from config_schema.reader import Json, parse_text, plain_document, read_file
 from config_schema.schema_file import json_schema, schema_problems
 
 MAX_PROBLEMS = 100
-"""Most problems of one document that are listed; the rest is counted."""
+"""Most problems of one document that are listed."""
+
+_MAX_ERRORS = 10 * MAX_PROBLEMS
+"""Most of pydantic's errors that are put into words; several can belong to one problem."""
 
 
 def load_config(
@@ -70,14 +73,15 @@ def _kind(value: Json) -> str:
 
 def _validated(document: Json, findings: list[Finding], source: str | None) -> Config:
     valid: dict[str, Any] = {}
+    invalid = {str(finding.location[0]) for finding in findings if finding.location}
     config: Config | None = None
     try:
         config = Config.model_validate_json(json.dumps(document), context=valid)
     except ValidationError as error:
         details = error.errors(include_url=False, include_context=False, include_input=False)
         known = frozenset(finding.location for finding in findings)
-        findings += section_findings(details, document, json_schema(), known)
-    invalid = {str(finding.location[0]) for finding in findings if finding.location}
+        invalid |= {str(detail["loc"][0]) for detail in details}
+        findings += section_findings(details[:_MAX_ERRORS], document, json_schema(), known)
     problems = [finding.problem() for finding in in_document_order(findings, document)]
     problems += _rule_problems(valid, invalid)
     if problems:
@@ -98,5 +102,6 @@ def _rule_problems(valid: dict[str, Any], invalid: set[str]) -> list[Problem]:
 
 
 def _first(problems: list[Problem]) -> list[Problem]:
-    more = len(problems) - MAX_PROBLEMS
-    return problems if more <= 0 else [*problems[:MAX_PROBLEMS], Problem("$", f"and {more} more problems")]
+    if len(problems) <= MAX_PROBLEMS:
+        return problems
+    return [*problems[:MAX_PROBLEMS], Problem("$", f"there are more problems than these {MAX_PROBLEMS}")]

@@ -178,7 +178,7 @@ def _missing_choices(place: _Place, document: Json) -> Iterator[Finding]:
 
 
 def in_document_order(findings: list[Finding], document: Json) -> list[Finding]:
-    """Sorted by where they are in the text; what is missing comes after what its object has."""
+    """Sorted by where they are in the text, without repetitions; what is missing comes after what its object has."""
     positions: dict[int, dict[str, int]] = {}
 
     def position(finding: Finding) -> list[int]:
@@ -187,9 +187,10 @@ def in_document_order(findings: list[Finding], document: Json) -> list[Finding]:
             if isinstance(element, int):
                 steps.append(element)
             elif isinstance(node, dict):
-                keys = positions.setdefault(id(node), {key: index for index, key in enumerate(node)})
-                steps.append(keys.get(element, len(keys)))
+                if id(node) not in positions:
+                    positions[id(node)] = {key: index for index, key in enumerate(node)}
+                steps.append(positions[id(node)].get(element, len(node)))
             node = value_at(node, (element,))
         return steps
 
-    return sorted(findings, key=position)
+    return sorted(dict.fromkeys(findings), key=position)

@@ -11,9 +11,7 @@ if TYPE_CHECKING:
     from engine.engine import Engine
     from engine.inference.generation import Generation, Logprob, Piece
 
-__all__ = ["Engine", "Generation", "Logprob", "Piece", "__version__"]
-
-__version__ = "0.1.0"
+__all__ = ["Engine", "Generation", "Logprob", "Piece"]
 
 _PUBLIC = {
     "Engine": "engine.engine",
@@ -46,4 +44,11 @@ def __getattr__(name: str) -> Any:
     """Imports the public names when they are first used: the command line's quick commands need no torch."""
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("slipstream-runtime")
+        except PackageNotFoundError:  # run from a source tree
+            return "unknown (not installed)"
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

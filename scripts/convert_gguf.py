@@ -72,6 +72,7 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     if config["tie_word_embeddings"]:
         tensors.pop("lm_head.weight", None)
     save_file(tensors, str(target / "model.safetensors"), metadata={"format": "pt"})
+    (target / "model.safetensors").chmod(0o644)  # safetensors creates it readable by its owner alone
     _write_json(target / "config.json", config)
     _write_json(target / "generation_config.json", {key: config[key] for key in config if key.endswith("_token_id")})
     _write_json(target / "tokenizer.json", tokenizer_json(tokenizer), indent=None)
@@ -109,12 +110,15 @@ def tokenizer_json(tokenizer: Any) -> dict[str, Any]:
 
 def tokenizer_config(tokenizer: Any, config: dict[str, Any]) -> dict[str, Any]:
     """``tokenizer_config.json``: special tokens by the config's own ids, and the chat template inside it."""
-    special = {name: tokenizer.convert_ids_to_tokens(config[f"{name}_id"]) for name in ("bos_token", "eos_token", "pad_token")}
+    special = {
+        name: tokenizer.convert_ids_to_tokens(config[f"{name}_id"]) for name in ("bos_token", "eos_token", "pad_token")
+    }
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **special,
         "unk_token": tokenizer.unk_token,
         "model_max_length": config["max_position_embeddings"],
+        "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
         "chat_template": tokenizer.chat_template,
     }

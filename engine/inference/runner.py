@@ -30,13 +30,22 @@ class Runner:
             self._plans[bucket.kind] = self.kernels.plan(self.spec, self.weights, bucket, self.group)
         return self._plans[bucket.kind]
 
-    def whole(self, rows: Seq[Seq[int]], token_types: Seq[Seq[int]] | None = None) -> StepResult:
-        """Whole sequences at once, no cache: an encoder's forward, or every logit of a decoder. Rows must not be empty."""
+    def whole(
+        self, rows: Seq[Seq[int]], token_types: Seq[Seq[int]] | None = None, wanted: Seq[int] | None = None
+    ) -> StepResult:
+        """Whole sequences at once, no cache: an encoder's forward, or every logit of a decoder. Rows must not be empty.
+
+        ``wanted`` are the tokens, counted over the rows end to end, whose outputs are asked for (None: all).
+        """
         self.check_ids(rows)
         lengths = tuple(len(row) for row in rows)
         positions = [at for length in lengths for at in range(length)]
+        for index, row in enumerate(token_types or ()):
+            if row and not 0 <= min(row) <= max(row) < self.spec.token_types:
+                raise EngineError(f"sequence {index}: token types must lie from 0 to {self.spec.token_types - 1} in this model")
         types = None if token_types is None else self._tensor([t for row in token_types for t in row])
-        inputs = StepInputs(self._tensor([t for row in rows for t in row]), self._tensor(positions), lengths, types)
+        ends = None if wanted is None else self._tensor(list(wanted))
+        inputs = StepInputs(self._tensor([t for row in rows for t in row]), self._tensor(positions), lengths, types, rows=ends)
         return self._plan(Bucket("encode")).run(inputs)
 
     def prefill(self, cache: PagedCache, sequences: Seq[Sequence], rows: Seq[Seq[int]], chunk: int) -> Tensor:

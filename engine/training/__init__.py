@@ -1,0 +1,1 @@
+"""Training: a loop that walks features, each one file with named hooks that do nothing by default."""

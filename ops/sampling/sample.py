@@ -103,7 +103,7 @@ def _draw(scores: Tensor, top: Tensor, state: SamplingState) -> Tensor:
     cumulative = mass.cumsum(1)
     total = cumulative[:, -1:]
     uniform = philox_uniform(state.seed, state.counter).unsqueeze(1)
-    target = torch.minimum((uniform * total.to(torch.float64)).to(torch.int64), total - 1)
+    target = (uniform * total.to(torch.float64)).to(torch.int64)
     place = torch.searchsorted(cumulative, target, right=True).squeeze(1)
     # A row of NaN has no order to search: any id of the vocabulary will do, see SampleOutput.valid.
     return place.clamp(max=scores.shape[1] - 1)

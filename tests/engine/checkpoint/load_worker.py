@@ -1,8 +1,8 @@
 """Copy every tensor of a checkpoint as :class:`ops.weights.Packer` does; print the peak of private memory as JSON.
 
-``python -m tests.engine.checkpoint.load_worker DIRECTORY HOW DTYPES [GGUF_FILE]`` does it for each dtype (a
-list with commas), from the file anew. ``HOW`` is ``source`` (the checkpoint's own source) or ``resident`` (every tensor is copied
-into memory first: what the measurement must notice).
+``python -m tests.engine.checkpoint.load_worker DIRECTORY HOW [GGUF_FILE]`` does it once for each dtype, from the file
+anew. ``HOW`` is ``source`` (the checkpoint's own source) or ``resident`` (every tensor is copied into memory first: the
+measurement must notice).
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def load(directory: str, dtype: torch.dtype, how: str, gguf_file: str | None) ->
         for name in source.names():
             packed[name] = torch.empty(source.shape(name), dtype=dtype)
             packed[name].copy_(source.read(name))
-            memory.sample()
+        memory.sample()
     rise = psutil.Process().memory_full_info().uss - uss
     return {"weights": sum(tensor.nbytes for tensor in packed.values()), "rise": memory.rise, "uss": rise}
 
 
 if __name__ == "__main__":
-    where, mode, names, *gguf = sys.argv[1:]
+    where, mode, *gguf = sys.argv[1:]
     for module in ("gguf", "transformers.models.llama.modeling_llama") * bool(gguf):
         importlib.import_module(module)  # what imports take is not measured
-    dtypes = {name: getattr(torch, name) for name in names.split(",")}
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     print(json.dumps({name: load(where, dtype, mode, gguf[0] if gguf else None) for name, dtype in dtypes.items()}))

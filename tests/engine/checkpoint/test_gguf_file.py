@@ -8,94 +8,17 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from engine.checkpoint import check_tensors, open_checkpoint
 from ops.weights import WeightSource
 from tests.engine.checkpoint.builders import refused
+from tests.engine.checkpoint.gguf_builder import SMALL, gpt2_shapes, llama_shapes, write
 
-gguf: Any = pytest.importorskip("gguf")
-VOCABULARY, HIDDEN, FFN, LAYERS, HEADS, KV_HEADS = 96, 64, 128, 2, 4, 2
-
-
-def llama_tensors() -> dict[str, tuple[int, ...]]:
-    """llama.cpp's names and shapes of a Llama with grouped-query attention."""
-    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (VOCABULARY, HIDDEN), "output_norm.weight": (HIDDEN,)}
-    kv = HIDDEN // HEADS * KV_HEADS
-    for layer in range(LAYERS):
-        block = {
-            "attn_norm": (HIDDEN,),
-            "attn_q": (HIDDEN, HIDDEN),
-            "attn_k": (kv, HIDDEN),
-            "attn_v": (kv, HIDDEN),
-            "attn_output": (HIDDEN, HIDDEN),
-            "ffn_norm": (HIDDEN,),
-            "ffn_gate": (FFN, HIDDEN),
-            "ffn_up": (FFN, HIDDEN),
-            "ffn_down": (HIDDEN, FFN),
-        }
-        shapes |= {f"blk.{layer}.{name}.weight": shape for name, shape in block.items()}
-    return shapes
-
-
-def gpt2_tensors() -> dict[str, tuple[int, ...]]:
-    """llama.cpp's names and shapes of a GPT-2 (its Conv1D weights transposed), with the head stored apart."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "token_embd.weight": (VOCABULARY, HIDDEN),
-        "position_embd.weight": (1024, HIDDEN),  # transformers reads no other length
-        "output_norm.weight": (HIDDEN,),
-        "output_norm.bias": (HIDDEN,),
-        "output.weight": (VOCABULARY, HIDDEN),
-    }
-    linear = {
-        "attn_qkv": (3 * HIDDEN, HIDDEN),
-        "attn_output": (HIDDEN, HIDDEN),
-        "ffn_up": (4 * HIDDEN, HIDDEN),
-        "ffn_down": (HIDDEN, 4 * HIDDEN),
-    }
-    for layer in range(LAYERS):
-        for name in ("attn_norm", "ffn_norm"):
-            shapes |= {f"blk.{layer}.{name}.{kind}": (HIDDEN,) for kind in ("weight", "bias")}
-        for name, shape in linear.items():
-            shapes |= {f"blk.{layer}.{name}.weight": shape, f"blk.{layer}.{name}.bias": shape[:1]}
-    return shapes
-
-
-TENSORS = {"llama": llama_tensors, "gpt2": gpt2_tensors}
-
-
-def write(
-    path: Path, architecture: str, quantization: str = "Q8_0", extra: dict[str, tuple[int, ...]] | None = None
-) -> Path:
-    """A GGUF file with random weights: matrices quantized, vectors in float32; ``extra`` are further float32 tensors."""
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_name("test")
-    writer.add_context_length(1024)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(FFN)
-    writer.add_block_count(LAYERS)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_layer_norm_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{i}" for i in range(VOCABULARY)])
-    generator = np.random.default_rng(0)
-    kind = gguf.GGMLQuantizationType[quantization]
-    for name, shape in (TENSORS.get(architecture, dict)() | (extra or {})).items():
-        values = generator.standard_normal(shape).astype(np.float32)
-        if len(shape) == 1:
-            writer.add_tensor(name, values)
-        else:
-            writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+pytest.importorskip("gguf")
+SHAPES = {"llama": llama_shapes, "gpt2": gpt2_shapes}
+CLASSES = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}
 
 
 def transformers_state(path: Path) -> tuple[dict[str, torch.Tensor], Any]:
@@ -110,7 +33,7 @@ def transformers_state(path: Path) -> tuple[dict[str, torch.Tensor], Any]:
 
 @pytest.mark.parametrize(("architecture", "quantization"), [("llama", "Q4_0"), ("llama", "F16"), ("gpt2", "Q8_0")])
 def test_the_same_as_transformers(architecture: str, quantization: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "model.gguf", architecture, quantization)
+    path = write(tmp_path / "model.gguf", architecture, SHAPES[architecture](), quantization)
     checkpoint = open_checkpoint(str(tmp_path), gguf_file=path.name)
     source = checkpoint.source
     expected, config = transformers_state(path)
@@ -124,18 +47,14 @@ def test_the_same_as_transformers(architecture: str, quantization: str, tmp_path
         assert torch.equal(source.read(name, slice(1, 3)), expected[name][1:3])
     assert checkpoint.gguf_file == path.name
     assert checkpoint.config["model_type"] == architecture
-    assert checkpoint.config["architectures"] == [type_name(architecture)]
+    assert checkpoint.config["architectures"] == [CLASSES[architecture]]
     assert checkpoint.config["tie_word_embeddings"] == config.tie_word_embeddings
-    assert checkpoint.config["vocab_size"] == VOCABULARY
-
-
-def type_name(architecture: str) -> str:
-    return {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}[architecture]
+    assert checkpoint.config["vocab_size"] == SMALL.vocabulary
 
 
 def test_a_tensor_without_a_name_in_transformers_is_surplus(tmp_path: Path) -> None:
     """Llama 3.1's factors, say: transformers drops them without a word, which would give wrong positions."""
-    path = write(tmp_path / "model.gguf", "llama", extra={"rope_freqs.weight": (8,)})
+    path = write(tmp_path / "model.gguf", "llama", llama_shapes() | {"rope_freqs.weight": (8,)})
     source = open_checkpoint(str(tmp_path), gguf_file=path.name).source
     assert source.shape("rope_freqs.weight") == (8,)
     assert source.read("rope_freqs.weight").shape == (8,)
@@ -144,22 +63,20 @@ def test_a_tensor_without_a_name_in_transformers_is_surplus(tmp_path: Path) -> N
         check_tensors(source, expected)
 
 
-def test_a_shape_that_is_not_the_architectures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = llama_tensors() | {"blk.1.ffn_up.weight": (FFN - 32, HIDDEN)}
-    monkeypatch.setitem(TENSORS, "llama", lambda: shapes)
-    path = write(tmp_path / "model.gguf", "llama")
+def test_a_shape_that_is_not_the_architectures(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.gguf", "llama", llama_shapes() | {"blk.1.ffn_up.weight": (96, 64)})
     source = open_checkpoint(str(tmp_path), gguf_file=path.name).source
     parts = (str(path), "model.layers.1.mlp.up_proj.weight", "shape [96, 64]", "expects [128, 64]")
     refused(lambda: source.read("model.layers.1.mlp.up_proj.weight"), *parts)
 
 
 def test_an_architecture_transformers_does_not_know(tmp_path: Path) -> None:
-    path = write(tmp_path / "model.gguf", "rwkv7")
+    path = write(tmp_path / "model.gguf", "rwkv7", {})
     refused(lambda: open_checkpoint(str(tmp_path), gguf_file=path.name), str(path), "rwkv7", "transformers cannot read")
 
 
 def test_damage(tmp_path: Path) -> None:
-    whole = write(tmp_path / "whole.gguf", "llama").read_bytes()
+    whole = write(tmp_path / "whole.gguf", "llama", llama_shapes()).read_bytes()
     path = tmp_path / "cut.gguf"
     for size in (4, 20, 200, 2000, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
@@ -169,7 +86,7 @@ def test_damage(tmp_path: Path) -> None:
 
 
 def test_names_that_are_not_there_or_lead_out(tmp_path: Path) -> None:
-    write(tmp_path / "a.gguf", "llama")
+    write(tmp_path / "a.gguf", "llama", llama_shapes())
     refused(lambda: open_checkpoint(str(tmp_path), gguf_file="b.gguf"), "b.gguf: no such file", "there: a.gguf")
     refused(lambda: open_checkpoint(str(tmp_path), gguf_file="../a.gguf"), "gguf_file", "leads out")
 

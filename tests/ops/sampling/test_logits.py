@@ -159,6 +159,12 @@ def test_among_equal_logits_top_p_keeps_those_of_the_higher_ids(top_k: int, top_
     assert warpers(top_k, top_p)(NO_IDS, scores.clone())[0].isfinite().nonzero().flatten().tolist() == tokens
 
 
+def test_a_limit_that_is_met_exactly_needs_no_further_token() -> None:
+    scores = torch.tensor([[0.5, 1.0, 0.5]]).log()
+    assert kept(scores, [0], [0.5], 3).tolist() == [[False, True, False]]
+    assert warpers(0, 0.5)(NO_IDS, scores.clone()).isfinite().tolist() == [[False, True, False]]
+
+
 def test_removed_tokens_stay_removed() -> None:
     scores = torch.tensor([[2.0, -float("inf"), 1.0, -float("inf")]])
     assert kept(scores, [0], [0.999], 4).tolist() == [[True, False, True, False]]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -89,6 +90,17 @@ def test_a_draw_inverts_the_cumulative_distribution_at_the_philox_number() -> No
     assert torch.equal(draws(row, 1000, temperature=1.0), torch.bucketize(uniform, edges))
 
 
+@pytest.mark.parametrize(("uniform", "token"), [(0.0, 1), (0.25, 1), (0.5, 3), (1 - 2**-24, 3)])
+def test_a_removed_token_is_not_drawn_even_at_an_edge(
+    monkeypatch: pytest.MonkeyPatch, uniform: float, token: int
+) -> None:
+    """Tokens 1 and 3 share the mass; a cumulative mass that equals the number belongs to the token before."""
+    module = importlib.import_module("ops.sampling.sample")
+    monkeypatch.setattr(module, "philox_uniform", lambda seed, counter: torch.full(seed.shape, uniform))
+    row = torch.tensor([[0.0, 1.0, 0.0, 1.0, 0.0]]).log()
+    assert draws(row, 1, temperature=1.0).item() == token
+
+
 @pytest.mark.parametrize(
     "parameters",
     [
@@ -153,6 +165,7 @@ def test_a_rows_tokens_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
     together = continuation(list(range(8)), 12, dtype)
     assert [continuation([row], 12, dtype)[0] for row in range(8)] == together
     assert continuation([3, 0, 5], 12, dtype) == [together[row] for row in (3, 0, 5)]
+    assert continuation([1, 3, 2], 12, dtype) == [together[row] for row in (1, 3, 2)]  # no row needs a whole sort
     assert continuation([6, 6], 12, dtype) == [together[6]] * 2
 
 

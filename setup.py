@@ -1,0 +1,77 @@
+"""Packaging. VERSION below is the one place that says it; at run time it is ``importlib.metadata.version("slipstream-runtime")``."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+VERSION = "0.1.0"
+
+PACKAGES = ("engine", "profiler", "ops", "config_schema", "sample_configs")
+
+# The bounds are what the suite is run on; `torch==2.13.0`, which the Makefile installs first, satisfies them.
+INSTALL_REQUIRES = [
+    "torch>=2.11,<2.14",
+    "numpy>=1.26",
+    "transformers>=4.51",
+    "safetensors>=0.4.3",
+    "huggingface_hub>=0.30",
+    "pydantic>=2.10,<3",
+    "jsonschema>=4.20",
+    "tabulate>=0.9",
+    "nvidia-ml-py>=12.560",
+    "tqdm>=4.66",
+]
+
+GGUF = ["gguf>=0.10", "accelerate>=1.0"]
+
+TEST = [
+    *GGUF,
+    "pytest>=8.2",
+    "pytest-xdist>=3.6",
+    "pytest-timeout>=2.3",
+    "pytest-cov>=6.0",
+    "hypothesis>=6.100",
+    "import-linter>=2.3",
+    "psutil>=5.9",
+    "setuptools>=77",
+    "numpy<2.4",  # Triton's interpreter, with which kernels are tested without a GPU, does not know numpy 2.4
+]
+
+# Linters are pinned: a new release of one must not turn an unchanged tree red.
+DEV = [
+    *TEST,
+    "ruff==0.17.6",
+    "mypy==2.4.1",
+    "types-jsonschema",
+    "types-psutil",
+    "types-tabulate",
+    "types-tqdm",
+]
+
+setup(
+    name="slipstream-runtime",
+    version=VERSION,
+    description="Train a Transformer cheaply and serve it fast: one JSON file, one Engine",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]),
+    package_data={
+        **{name: ["py.typed"] for name in ("engine", "profiler")},
+        "ops": ["py.typed", "csrc/*.cu", "csrc/*.cuh"],
+        "config_schema": ["py.typed", "schema/*.json"],
+        "sample_configs": ["*.json"],
+    },
+    install_requires=INSTALL_REQUIRES,
+    # CuPy's own name on the index is source only: the wheels are named after the CUDA they are built for.
+    extras_require={
+        "cuda12": ["cupy-cuda12x>=13.4"],
+        "cuda13": ["cupy-cuda13x>=13.6"],
+        "gguf": GGUF,
+        "test": TEST,
+        "dev": DEV,
+    },
+    entry_points={"console_scripts": ["slipstream=engine.cli:main"]},
+)

@@ -1,0 +1,79 @@
+"""The Makefile's words: help that teaches, and one clear line where Python is missing or too old."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+TARGETS = (
+    "demo",
+    "models",
+    "test",
+    "test-oldest",
+    "test-gpu",
+    "lint",
+    "format",
+    "schema",
+    "dry-run",
+    "clean",
+    "distclean",
+)
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run make without what an outer make passes on."""
+    command = ["env", "-u", "MAKEFLAGS", "-u", "MAKELEVEL", "-u", "PYTHON", "make", "--no-print-directory", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+
+
+def fake_python(folder: Path, version: tuple[int, int]) -> Path:
+    """An executable that answers the version check as that version would."""
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\nexit {int(version < (3, 11))}\n", encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
+def test_help_is_the_default_and_lists_every_target():
+    done = make()
+    assert done.returncode == 0
+    assert set(TARGETS) <= set(re.findall(r"^  make (\S+)", done.stdout, re.MULTILINE))
+
+
+def test_every_listed_target_is_phony():
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    phony = {name for line in re.findall(r"^\.PHONY: (.*)$", text, re.MULTILINE) for name in line.split()}
+    assert {*TARGETS, "help"} <= phony
+
+
+def test_no_python_at_all_is_one_clear_line():
+    done = make("check-python", "PYTHON=")
+    assert done.returncode != 0
+    assert "Python 3.11 or newer" in done.stderr
+    assert "PYTHON=/path/to/python3.12" in done.stderr
+
+
+@pytest.mark.parametrize(("version", "accepted"), [((3, 10), False), ((3, 11), True), ((3, 12), True)])
+def test_old_python_is_refused_by_name(tmp_path, version, accepted):
+    python = fake_python(tmp_path, version)
+    done = make("check-python", f"PYTHON={python}")
+    assert (done.returncode == 0) is accepted
+    assert (f"{python} does not run, or is older than Python 3.11" in done.stderr) is not accepted
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "test-oldest", "lint"])
+def test_targets_plan_without_an_error(target):
+    done = make("--dry-run", target)
+    assert done.returncode == 0, done.stderr
+
+
+def test_ci_script_runs_make_targets_that_exist():
+    script = ROOT / ".ci" / "run"
+    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
+    called = re.findall(r"make --no-print-directory (\S+)", script.read_text(encoding="utf-8"))
+    assert called == ["test", "lint", "dry-run", "test-oldest"]
