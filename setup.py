@@ -1,4 +1,4 @@
-"""Packaging. VERSION below is the one place that says it; at run time it is ``importlib.metadata.version("slipstream-runtime")``."""
+"""Packaging. VERSION is said here alone; at run time it is ``importlib.metadata.version("slipstream-runtime")``."""
 
 from pathlib import Path
 

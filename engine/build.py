@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from config_schema import Config
+from config_schema import Config, load_config
 from engine.checkpoint import Checkpoint, StateDictSource, open_checkpoint
 from engine.errors import EngineError
 from engine.families import Family, spec_from_hf
@@ -100,7 +100,7 @@ def plan(config: Config, *, model: Any = None) -> Plan:
     family, spec = _facts(config, checkpoint, resolver)
     source = CanonicalSource(checkpoint.source, family, spec)
     device = _device(config, resolver)
-    precision = _precision(config, device, source, resolver)
+    precision = _precision(config, device, source.dtype("embed.token.weight"), resolver)
     kernels = _kernels(config, spec, device, DTYPES[precision], resolver)
     batch = config.inference.max_batch
     if batch == "auto":
@@ -128,6 +128,17 @@ def plan(config: Config, *, model: Any = None) -> Plan:
         pooling=pooling,
         normalize=normalize,
     )
+
+
+def preview() -> tuple[Choice, ...]:
+    """What device, precision and kernels become on this machine where they are ``"auto"``, for GPT-2 stored in fp32."""
+    resolver = _Resolver()
+    config = load_config({"model": {"path": "gpt2"}})
+    _, spec = spec_from_hf({"model_type": "gpt2"}, "causal_lm", "preview")
+    device = _device(config, resolver)
+    precision = _precision(config, device, torch.float32, resolver)
+    _kernels(config, spec, device, DTYPES[precision], resolver)
+    return tuple(resolver.choices)
 
 
 def runner(plan: Plan) -> Runner:
@@ -210,13 +221,12 @@ def _device(config: Config, resolver: _Resolver) -> torch.device:
     return device
 
 
-def _precision(config: Config, device: torch.device, source: CanonicalSource, resolver: _Resolver) -> str:
+def _precision(config: Config, device: torch.device, stored: torch.dtype, resolver: _Resolver) -> str:
     if config.precision != "auto":
         return config.precision
     path = "$.precision"
     if device.type == "cpu":
         return str(resolver.choose(path, "fp32", "the most exact on a CPU, and its kernels read exact fp16 copies where they can"))
-    stored = source.dtype("embed.token.weight")
     for name, dtype in DTYPES.items():
         if dtype == stored and name != "fp32":
             return str(resolver.choose(path, name, "the checkpoint is stored so"))

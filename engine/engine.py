@@ -28,14 +28,15 @@ from ops.spec import ModelSpec
 class Engine:
     """Runs a Transformer as a configuration says.
 
-    ``config`` is a path, a dictionary or a loaded :class:`config_schema.Config`; ``overrides`` are ``key.path=value`` texts.
+    ``config`` is a path, a dictionary, a loaded :class:`config_schema.Config` or a plan that :func:`engine.build.plan` has
+    made of one; ``overrides`` are ``key.path=value`` texts (a plan takes none: it is decided).
     ``model`` is a live Hugging Face model to take the weights from instead of a checkpoint, ``tokenizer`` its tokenizer.
     Raises :class:`config_schema.SlipstreamError` (ConfigError, CheckpointError, KernelError, EngineError) in one clear line.
     """
 
     def __init__(
         self,
-        config: str | os.PathLike[str] | Mapping[str, Any] | Config,
+        config: str | os.PathLike[str] | Mapping[str, Any] | Config | build.Plan,
         *,
         model: Any = None,
         tokenizer: Any = None,
@@ -43,7 +44,12 @@ class Engine:
     ) -> None:
         if model is not None and isinstance(config, Mapping) and "model" not in config:
             config = {**config, "model": {"path": getattr(getattr(model, "config", None), "_name_or_path", "") or "live model"}}
-        self._plan = build.plan(load_config(config, overrides=overrides), model=model)
+        if isinstance(config, build.Plan):
+            if overrides:
+                raise EngineError("a plan takes no overrides: give them to load_config, before build.plan")
+            self._plan = config
+        else:
+            self._plan = build.plan(load_config(config, overrides=overrides), model=model)
         self._live = model
         self.text = Text(self._plan.directory, self._plan.gguf_file, tokenizer)
         self._packed: Runner | None = None

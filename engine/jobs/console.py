@@ -19,7 +19,7 @@ class Console:
     """Writes results to ``out`` as they come and keeps one live progress line on ``err``, if that is a terminal.
 
     Where both are terminals and a line of text is unfinished, the progress stands one row below it: the cursor is
-    saved, the row is written, the cursor is put back (the DEC sequences ESC 7 and ESC 8, which terminals of today know).
+    saved, the row is written, the cursor is put back (the DEC sequences ESC 7 and ESC 8, which terminals know).
     """
 
     def __init__(self, out: TextIO, err: TextIO) -> None:

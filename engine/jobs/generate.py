@@ -103,7 +103,7 @@ def _rows(engine: Engine, job: GenerateJob) -> list[Row]:
 
 
 class _Screen:
-    """Shows rows that grow side by side one after the other: the first unfinished one live, the others in their turn."""
+    """Shows rows that grow side by side one after the other: the first unfinished one live, others in their turn."""
 
     def __init__(self, rows: Sequence[Row], console: Console, write: Write, *, stream: bool) -> None:
         self._rows, self._console, self._write, self._stream = rows, console, write, stream

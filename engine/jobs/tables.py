@@ -13,7 +13,7 @@ GAP = 2
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequence[int]) -> str:
-    """``rows`` under ``headers``, at most WIDTH columns wide: the columns ``texts`` give way, the others are numbers."""
+    """``rows`` under ``headers``, at most WIDTH columns wide: the columns ``texts`` give way, others are numbers."""
     lines = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(map(display_width, column)) for column in zip(headers, *lines, strict=True)]
     room = WIDTH - GAP * (len(headers) - 1) - sum(width for at, width in enumerate(widths) if at not in texts)

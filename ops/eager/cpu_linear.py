@@ -68,14 +68,14 @@ def pack_for_cpu(weight: Tensor, *, shared: bool = False) -> Tensor | PackedWeig
     """The fastest form of a CPU weight [out, in] that costs no second copy of it.
 
     ``shared`` says that the plain tensor stays anyway (an embedding that is also the output projection): then only a smaller
-    copy is worth its memory. Returns ``weight`` itself where no packing serves.
+    copy is worth its memory. Returns ``weight`` itself where no packing serves; a packing keeps no reference to it otherwise.
     """
     if 0 in weight.shape:
         return weight
     if weight.dtype == torch.float32 and half_works():
         scale = exact_scale(weight)
         if scale is not None:
-            packed = torch.ops.quantized.linear_prepack_fp16(weight * scale, None)
+            packed = torch.ops.quantized.linear_prepack_fp16(weight if scale == 1 else weight * scale, None)
             return HalfPacked(packed, 1 / scale, (weight.shape[0], weight.shape[1]))
     if weight.dtype in (torch.float32, torch.bfloat16) and blocked_works(weight.dtype):
         shape = (weight.shape[0], weight.shape[1])
@@ -87,7 +87,8 @@ def pack_for_cpu(weight: Tensor, *, shared: bool = False) -> Tensor | PackedWeig
 
 def exact_scale(weight: Tensor) -> float | None:
     """A power of two that makes every element of an fp32 ``weight`` exact in fp16, or None if there is none."""
-    largest = float(weight.abs().max())
+    least, most = weight.aminmax()
+    largest = max(-float(least), float(most))
     if not math.isfinite(largest):
         return None
     candidates = [1.0] if largest == 0 else [1.0, 2.0 ** (14 - math.frexp(largest)[1])]
@@ -99,7 +100,7 @@ def exact_scale(weight: Tensor) -> float | None:
 
 def _exact(weight: Tensor, scale: float, rows: int = 4096) -> bool:
     """Checked a few thousand rows at a time, so that no second copy of a large embedding is made."""
-    pieces = (piece * scale for piece in weight.split(rows))
+    pieces = (piece if scale == 1 else piece * scale for piece in weight.split(rows))
     return all(torch.equal(piece.half().float(), piece) for piece in pieces)
 
 

@@ -206,6 +206,7 @@ def test_python_values_that_json_lacks() -> None:
         job={"type": "encode", "texts": {"a"}, "output": Path("a")},
         inference={"max_tokens": 1j, "max_batch": b"auto", 1: 2, None: 3},
         device="\udc80",
+        zz={1},
     )
     assert problems_of(document) == [
         "$.generation.stop: a Python tuple is not a JSON value; write a list",
@@ -220,6 +221,8 @@ def test_python_values_that_json_lacks() -> None:
         '$.inference["1"]: the key is not a string but of type int',
         "$.inference.None: the key is not a string but of type NoneType",
         "$.device: \\udc80 is half a character (a lone surrogate); it is not Unicode text",
+        "$.zz: a Python set is not a JSON value; write a list",
+        "$.zz: unknown key (allowed: $schema, model, device, precision, kernels, inference, generation, embedding, job)",
     ]
 
 

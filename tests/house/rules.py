@@ -1,4 +1,4 @@
-"""The house's rules over source files, each a function from sources to one line a violation: ``path:line what is wrong``."""
+"""The house's rules over source files: each takes sources and gives one line a violation, ``path:line what is wrong``."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def unfinished_marks(sources: Sequence[Source]) -> list[str]:
 
 
 def imports_at_start(source: Source, known: set[str]) -> set[str]:
-    """The known modules that importing this one imports by name, itself apart; imports inside functions do not count."""
+    """The known modules that importing this one imports by name; imports inside functions do not count."""
     found: set[str] = set()
     pending: list[ast.AST] = list(source.tree.body)
     while pending:

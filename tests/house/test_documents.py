@@ -61,7 +61,8 @@ def test_readme_example_runs(code, smollm2_dir, minilm_dir):
 
 
 def test_examples_are_told_from_other_blocks():
-    text = "```python\nno\n```\n<!-- ci: run -->\n```python\nyes = 1\nprint(yes)\n```\n\n<!-- ci: run -->\n\n```python\ntoo\n```\n"
+    mark, block = "<!-- ci: run -->\n", "```python\n{}```\n"
+    text = block.format("no\n") + mark + block.format("yes = 1\nprint(yes)\n") + mark + "\n" + block.format("too\n")
     assert examples(text) == ["yes = 1\nprint(yes)\n", "too\n"]
 
 

@@ -1,8 +1,8 @@
 """What a run of the suite says about itself: minutes per package against a limit, and what was not run and why.
 
-``--max-minutes=N`` prints the table and fails the run when it took longer on the clock. Tests marked ``gpu``, ``multigpu``,
-``netns`` or ``browser`` are skipped where the machine lacks what they need; the summary counts them by marker and reason.
-Works with and without xdist: workers skip, the controller counts from the reports that reach it.
+``--max-minutes=N`` prints the table and fails the run when it took longer on the clock. Tests marked ``gpu``,
+``multigpu``, ``netns`` or ``browser`` are skipped where the machine lacks what they need; the summary counts them by
+marker and reason. Works with and without xdist: workers skip, the controller counts from the reports that reach it.
 """
 
 from __future__ import annotations

