@@ -40,16 +40,19 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=DTYPES[precision]).eval()
         ids = torch.randint(engine.spec.vocab_size, (1, options.prompt), generator=torch.Generator().manual_seed(0))
 
-        def ours(count: int, engine: Engine = engine, row: list[int] = ids[0].tolist()) -> None:
+        def ours(count: int, engine: Engine = engine, row: torch.Tensor = ids[0]) -> None:
             engine.generate(row, max_new_tokens=count, do_sample=False, ignore_eos=True)
 
         def theirs(count: int, model: torch.nn.Module = model, ids: torch.Tensor = ids) -> None:
             with torch.inference_mode():
                 mask = torch.ones_like(ids)
-                model.generate(ids, attention_mask=mask, min_new_tokens=count, max_new_tokens=count, do_sample=False)  # type: ignore[operator]
+                model.generate(ids, attention_mask=mask, min_new_tokens=count, max_new_tokens=count, do_sample=False)
 
         found = interleaved(
-            {"slipstream": lambda f=ours: per_token(f, options.new), "Hugging Face": lambda f=theirs: per_token(f, options.new)},  # type: ignore[misc]
+            {
+                "slipstream": lambda f=ours: per_token(f, options.new),
+                "Hugging Face": lambda f=theirs: per_token(f, options.new),
+            },
             options.rounds,
         )
         base = statistics.median(found["Hugging Face"])

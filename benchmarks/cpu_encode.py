@@ -75,7 +75,9 @@ def main() -> None:
         )
     exact = runs["Hugging Face"](texts)
     differences = {name: float((run(texts) - exact).abs().max()) for name, run in runs.items()}
-    found = interleaved({name: (lambda run=run: seconds(lambda: run(texts))) for name, run in runs.items()}, options.rounds)  # type: ignore[misc]
+    found = interleaved(
+        {name: (lambda run=run: seconds(lambda: run(texts))) for name, run in runs.items()}, options.rounds
+    )
     base = statistics.median(found["Hugging Face"])
     rows = [
         {
@@ -88,7 +90,12 @@ def main() -> None:
         for name, values in found.items()
     ]
     lengths = [len(ids) for ids in engine.text.tokenizer(texts)["input_ids"]]
-    facts = {"sentences": len(texts), "batch": options.batch, "mean_tokens": statistics.mean(lengths), "longest": max(lengths)}
+    facts = {
+        "sentences": len(texts),
+        "batch": options.batch,
+        "mean_tokens": statistics.mean(lengths),
+        "longest": max(lengths),
+    }
     report(f"{len(texts)} sentences, batch {options.batch}, {options.model}", rows, options.json, **facts)
 
 

@@ -42,9 +42,13 @@ def spread(values: Sequence[float]) -> str:
 
 def machine() -> str:
     """The machine and the libraries in one line."""
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+    cpu = next(
+        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.machine(),
+    )
     threads = torch.get_num_threads()
-    return f"{cpu}, {os.cpu_count()} cores, {threads} threads; Python {platform.python_version()}, torch {torch.__version__}"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{cpu}, {os.cpu_count()} cores, {threads} threads; {versions}"
 
 
 def _lines(path: str) -> list[str]:
@@ -68,7 +72,12 @@ def report(title: str, rows: Sequence[Mapping[str, Any]], path: Path | None, **f
     print(f"{title}\n{machine()}")
     print(tabulate([dict(row) for row in rows], headers="keys", floatfmt=".4g"))
     if path is not None:
-        document = {"title": title, "machine": machine(), "date": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
+        document = {
+            "title": title,
+            "machine": machine(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            **facts,
+        }
         aside = path.with_suffix(path.suffix + ".part")
         aside.write_text(json.dumps({**document, "rows": [dict(row) for row in rows]}, indent=2))
         aside.replace(path)

@@ -1,6 +1,6 @@
 """How long a user waits before anything happens, and what loading costs in memory. Each figure is a process of its own.
 
-    python -m benchmarks.start_up build/models/SmolLM2-135M-Instruct sample_configs/smollm2_generate.json
+python -m benchmarks.start_up build/models/SmolLM2-135M-Instruct sample_configs/smollm2_generate.json
 """
 
 from __future__ import annotations
@@ -57,17 +57,28 @@ def main() -> None:
     def timed(command: list[str]) -> float:
         return seconds(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
 
-    found = interleaved({name: (lambda c=c: timed(c)) for name, c in commands.items()}, options.rounds)  # type: ignore[misc]
+    found = interleaved({name: (lambda c=c: timed(c)) for name, c in commands.items()}, options.rounds)
     report("start-up", [{"": name, "seconds": spread(values)} for name, values in found.items()], options.json)
     rows = []
     for precision in ("fp32", "bf16"):
         runs = [
-            json.loads(subprocess.check_output([sys.executable, "-c", LOAD, options.model, precision], text=True).splitlines()[-1])
+            json.loads(
+                subprocess.check_output([sys.executable, "-c", LOAD, options.model, precision], text=True).splitlines()[
+                    -1
+                ]
+            )
             for _ in range(3)
         ]
         one = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         megabytes = {f"{key} MB": one[key] / 1e6 for key in ("weights", "peak", "after")}
-        rows.append({"precision": precision, "seconds": one["seconds"], **megabytes, "peak / weights": one["peak"] / one["weights"]})
+        rows.append(
+            {
+                "precision": precision,
+                "seconds": one["seconds"],
+                **megabytes,
+                "peak / weights": one["peak"] / one["weights"],
+            }
+        )
     print()
     report(f"loading {options.model}", rows, None)
 

@@ -22,7 +22,8 @@ _PUBLIC = {
 
 
 def _refuse_strangers() -> None:
-    """Raises if another distribution's package of one of our names would be imported in its stead (Canonical's ``ops``)."""
+    """Raises if another distribution's package of one of our names would be imported in its stead (Canonical's
+    ``ops``)."""
     here = Path(__file__).resolve().parent.parent
     for name in ("config_schema", "ops", "profiler"):
         spec = importlib.util.find_spec(name)
@@ -32,8 +33,8 @@ def _refuse_strangers() -> None:
 
             owners = ", ".join(packages_distributions().get(name, ["another project"]))
             raise ImportError(
-                f"the package {name!r} that Python finds ({found or 'nowhere'}) is not slipstream's: it comes from {owners}. "
-                "Uninstall that, or use an environment of its own for slipstream"
+                f"the package {name!r} that Python finds ({found or 'nowhere'}) is not slipstream's: it comes from "
+                f"{owners}. Uninstall that, or use an environment of its own for slipstream"
             )
 
 

@@ -104,7 +104,9 @@ def plan(config: Config, *, model: Any = None) -> Plan:
     kernels = _kernels(config, spec, device, DTYPES[precision], resolver)
     batch = config.inference.max_batch
     if batch == "auto":
-        batch = resolver.choose("$.inference.max_batch", MAX_BATCH, "a batch that any machine serves; more wait their turn")
+        batch = resolver.choose(
+            "$.inference.max_batch", MAX_BATCH, "a batch that any machine serves; more wait their turn"
+        )
     chunk = config.inference.prefill_chunk
     if chunk == "auto":
         chunk = resolver.choose("$.inference.prefill_chunk", PREFILL_CHUNK, "bounds the activations of a long prompt")
@@ -175,12 +177,13 @@ def _stored(config: Config) -> _Opened:
 
 
 def _live(model: Any) -> _Opened:
-    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
+    config = getattr(model, "config", None)
+    if not isinstance(model, torch.nn.Module) or config is None or not hasattr(config, "to_dict"):
         raise EngineError(f"model=: wanted a Hugging Face model, got {type(model).__name__}")
-    values = dict(model.config.to_dict())
+    values = dict(config.to_dict())
     values["architectures"] = [type(model).__name__]
-    generation = getattr(model, "generation_config", None)
-    name = Path(getattr(model.config, "_name_or_path", "") or "")
+    generation: Any = getattr(model, "generation_config", None)
+    name = Path(getattr(config, "_name_or_path", "") or "")
     directory = name if name.parts and name.is_dir() else None
     return _Opened(
         directory,
@@ -226,7 +229,11 @@ def _precision(config: Config, device: torch.device, stored: torch.dtype, resolv
         return config.precision
     path = "$.precision"
     if device.type == "cpu":
-        return str(resolver.choose(path, "fp32", "the most exact on a CPU, and its kernels read exact fp16 copies where they can"))
+        return str(
+            resolver.choose(
+                path, "fp32", "the most exact on a CPU, and its kernels read exact fp16 copies where they can"
+            )
+        )
     for name, dtype in DTYPES.items():
         if dtype == stored and name != "fp32":
             return str(resolver.choose(path, name, "the checkpoint is stored so"))
@@ -240,13 +247,17 @@ def _kernels(config: Config, spec: ModelSpec, device: torch.device, dtype: torch
         kernel_set(config.kernels).assert_supports(spec, device, dtype)
         return config.kernels
     refusals = []
-    for name in reversed(KERNEL_SETS):  # the fastest set stands last
+    for name in reversed(list(KERNEL_SETS)):  # the fastest set stands last
         try:
             kernel_set(name).assert_supports(spec, device, dtype)
         except KernelError as error:
             refusals.append(f"{name}: {error}")
             continue
-        reason = "; ".join(["the fastest set that runs here", *refusals]) if len(KERNEL_SETS) > 1 else "the only set there is"
+        reason = (
+            "; ".join(["the fastest set that runs here", *refusals])
+            if len(KERNEL_SETS) > 1
+            else "the only set there is"
+        )
         return str(resolver.choose("$.kernels", name, reason))
     raise KernelError("no kernel set runs this model here: " + "; ".join(refusals))
 
@@ -280,14 +291,14 @@ def _free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _pooling(
-    config: Config, spec: ModelSpec, directory: Path | None, resolver: _Resolver
-) -> tuple[Pooling, bool]:
+def _pooling(config: Config, spec: ModelSpec, directory: Path | None, resolver: _Resolver) -> tuple[Pooling, bool]:
     wanted, normalize = config.embedding.pooling, config.embedding.normalize
     if spec.causal or (wanted != "auto" and normalize != "auto"):
         return "mean" if wanted == "auto" else wanted, normalize is True
     own_pooling: Literal["mean", "cls"]
-    own_pooling, own_normalize, reason = pooling_of(directory) if wanted == "auto" else (wanted, True, "usual for embeddings")
+    own_pooling, own_normalize, reason = (
+        pooling_of(directory) if wanted == "auto" else (wanted, True, "usual for embeddings")
+    )
     if wanted == "auto":
         resolver.choose("$.embedding.pooling", own_pooling, reason)
     if normalize == "auto":
@@ -297,5 +308,7 @@ def _pooling(
 
 def explain(plan: Plan) -> str:
     """The resolved config as JSON, then one line a choice: path, value, reason."""
-    reasons = "\n".join(f'{choice.path}: "auto" is {json.dumps(choice.value)}: {choice.reason}' for choice in plan.choices)
+    reasons = "\n".join(
+        f'{choice.path}: "auto" is {json.dumps(choice.value)}: {choice.reason}' for choice in plan.choices
+    )
     return json.dumps(plan.explain(), indent=2, ensure_ascii=False) + (f"\n\n{reasons}" if reasons else "")

@@ -28,10 +28,11 @@ from ops.spec import ModelSpec
 class Engine:
     """Runs a Transformer as a configuration says.
 
-    ``config`` is a path, a dictionary, a loaded :class:`config_schema.Config` or a plan that :func:`engine.build.plan` has
-    made of one; ``overrides`` are ``key.path=value`` texts (a plan takes none: it is decided).
-    ``model`` is a live Hugging Face model to take the weights from instead of a checkpoint, ``tokenizer`` its tokenizer.
-    Raises :class:`config_schema.SlipstreamError` (ConfigError, CheckpointError, KernelError, EngineError) in one clear line.
+    ``config`` is a path, a dictionary, a loaded :class:`config_schema.Config` or a plan that :func:`engine.build.plan`
+    has made of one; ``overrides`` are ``key.path=value`` texts (a plan takes none: it is decided).
+    ``model`` is a live Hugging Face model to take the weights from instead of a checkpoint, ``tokenizer`` its
+    tokenizer. Raises :class:`config_schema.SlipstreamError` (ConfigError, CheckpointError, KernelError, EngineError) in
+    one clear line.
     """
 
     def __init__(
@@ -43,7 +44,10 @@ class Engine:
         overrides: Sequence[str] = (),
     ) -> None:
         if model is not None and isinstance(config, Mapping) and "model" not in config:
-            config = {**config, "model": {"path": getattr(getattr(model, "config", None), "_name_or_path", "") or "live model"}}
+            config = {
+                **config,
+                "model": {"path": getattr(getattr(model, "config", None), "_name_or_path", "") or "live model"},
+            }
         if isinstance(config, build.Plan):
             if overrides:
                 raise EngineError("a plan takes no overrides: give them to load_config, before build.plan")
@@ -68,7 +72,8 @@ class Engine:
         task: str = "auto",
         **sections: Mapping[str, Any],
     ) -> Engine:
-        """An engine in one line: a checkpoint directory or hub name; ``sections`` are further sections of the config."""
+        """An engine in one line: a checkpoint directory or hub name; ``sections`` are further sections of the
+        config."""
         model = {"path": os.fspath(directory), "task": task}
         return cls({"model": model, "precision": precision, "kernels": kernels, "device": device, **sections})
 
@@ -109,7 +114,9 @@ class Engine:
     def generate(self, prompt: Any = ..., *, stream: Literal[True], **options: Any) -> Iterator[Piece]: ...
 
     @overload
-    def generate(self, prompt: Any = ..., *, stream: Literal[False] = ..., **options: Any) -> Generation | list[Generation]: ...
+    def generate(
+        self, prompt: Any = ..., *, stream: Literal[False] = ..., **options: Any
+    ) -> Generation | list[Generation]: ...
 
     def generate(
         self,
@@ -126,10 +133,10 @@ class Engine:
         ``prompt``: a text, texts, token ids, lists of them, or a padded tensor [B, S] with its ``attention_mask``; or
         ``messages`` (a chat, or several). ``options`` have Hugging Face's names and meanings: max_new_tokens (20),
         min_new_tokens, do_sample, temperature (0 is greedy), top_k, top_p, repetition_penalty, stop (texts), seed,
-        logprobs (how many alternatives beside each token's own), ignore_eos, eos_token_id. A temperature, top_k or top_p
-        turns sampling on. What is not given comes from ``generation_config`` if there is one, else from the config's
-        section ``generation`` and the checkpoint's generation_config.json. Prompt and new tokens are checked against
-        ``inference.max_tokens`` before any work.
+        logprobs (how many alternatives beside each token's own), ignore_eos, eos_token_id. A temperature, top_k or
+        top_p turns sampling on. What is not given comes from ``generation_config`` if there is one, else from the
+        config's section ``generation`` and the checkpoint's generation_config.json. Prompt and new tokens are checked
+        against ``inference.max_tokens`` before any work.
         """
         if self.spec.head is None or self.spec.head.task != "causal_lm":
             raise EngineError(f"generate needs a causal LM, this {self._plan.family.name} model is an encoder")
@@ -194,7 +201,8 @@ class Engine:
         return tasks.fill_mask(self, texts, top_k)
 
     def verify(self, batch: Any = None) -> Verification:
-        """Compares this engine with Hugging Face's implementation of the same weights, on ``batch`` or a default one."""
+        """Compares this engine with Hugging Face's implementation of the same weights, on ``batch`` or a default
+        one."""
         return verify(self, batch, self._live)
 
     # ---- parts ----

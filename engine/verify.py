@@ -1,4 +1,5 @@
-"""Is this engine right? Compares it with Hugging Face's own implementation of the same weights, in the same precision."""
+"""Is this engine right? Compares it with Hugging Face's own implementation of the same weights, in the same
+precision."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from ops.spec import Task
 if TYPE_CHECKING:
     from engine.engine import Engine
 
-#: Differences are judged against the largest value of Hugging Face's fp32 outputs: a few roundings of the compute dtype.
+#: Differences are judged against the largest value of Hugging Face's fp32 outputs: a few roundings of the compute
+#: dtype.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 8e-3}
 AUTO_CLASSES: dict[Task, str] = {
     "causal_lm": "AutoModelForCausalLM",

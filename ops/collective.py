@@ -1,4 +1,5 @@
-"""The collective that row-parallel macro-ops reduce their partial sums with. One process is an object, not an ``if``."""
+"""The collective that row-parallel macro-ops reduce their partial sums with. One process is an object, not an
+``if``."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ class Collective(Protocol):
         ...
 
     def reduce(self, partial: Tensor) -> Tensor:
-        """The sum of every rank's ``partial`` (any shape, same on all ranks); may be the same tensor, summed in place."""
+        """The sum of every rank's ``partial`` (any shape, same on all ranks); may be the same tensor, summed in
+        place."""
         ...
 
 

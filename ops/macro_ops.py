@@ -6,8 +6,8 @@
 4. ``ffn_up``:         pending norm + up projection (and gate) + bias + activation
 5. ``ffn_down``:       down projection, reduce, + bias + residual
 
-A set that computes macro-op by macro-op implements :class:`MacroOps` and lets :func:`walk` list its launches; a set that
-fuses wider returns a plan of its own.
+A set that computes macro-op by macro-op implements :class:`MacroOps` and lets :func:`walk` list its launches; a set
+that fuses wider returns a plan of its own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class MacroOps(Protocol):
     def qkv(
         self, spec: ModelSpec, layer: LayerWeights, index: int, stream: Stream, inputs: StepInputs
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [T, heads, head_dim], new keys and values [T, kv_heads, head_dim]; appended to the cache if there is one."""
+        """Queries [T, heads, head_dim], new keys and values [T, kv_heads, head_dim]; appended to the cache if there is
+        one."""
         ...
 
     def attend(
@@ -43,7 +44,13 @@ class MacroOps(Protocol):
         ...
 
     def attention_out(
-        self, spec: ModelSpec, layer: LayerWeights, hidden: Tensor, stream: Stream, pending: Norm | None, group: Collective
+        self,
+        spec: ModelSpec,
+        layer: LayerWeights,
+        hidden: Tensor,
+        stream: Stream,
+        pending: Norm | None,
+        group: Collective,
     ) -> Stream:
         """The residual plus the projected attention; bias and residual are added once, after the reduce."""
         ...
@@ -53,7 +60,13 @@ class MacroOps(Protocol):
         ...
 
     def ffn_down(
-        self, spec: ModelSpec, layer: LayerWeights, hidden: Tensor, stream: Stream, pending: Norm | None, group: Collective
+        self,
+        spec: ModelSpec,
+        layer: LayerWeights,
+        hidden: Tensor,
+        stream: Stream,
+        pending: Norm | None,
+        group: Collective,
     ) -> Stream:
         """The residual plus the projected feed-forward; bias and residual are added once, after the reduce."""
         ...
@@ -112,7 +125,9 @@ def _qkv(spec: ModelSpec, layer: LayerWeights, index: int, ops: MacroOps) -> Run
 
 def _attend(spec: ModelSpec, index: int, ops: MacroOps) -> Run:
     def run(state: StepState) -> None:
-        assert state.queries is not None and state.keys is not None and state.values is not None
+        assert state.queries is not None
+        assert state.keys is not None
+        assert state.values is not None
         state.hidden = ops.attend(spec, index, state.inputs, state.queries, state.keys, state.values)
 
     return run
@@ -120,7 +135,8 @@ def _attend(spec: ModelSpec, index: int, ops: MacroOps) -> Run:
 
 def _attention_out(spec: ModelSpec, layer: LayerWeights, ops: MacroOps, pending: Norm | None, group: Collective) -> Run:
     def run(state: StepState) -> None:
-        assert state.stream is not None and state.hidden is not None
+        assert state.stream is not None
+        assert state.hidden is not None
         state.stream = ops.attention_out(spec, layer, state.hidden, state.stream, pending, group)
 
     return run
@@ -136,7 +152,8 @@ def _ffn_up(spec: ModelSpec, layer: LayerWeights, ops: MacroOps) -> Run:
 
 def _ffn_down(spec: ModelSpec, layer: LayerWeights, ops: MacroOps, pending: Norm | None, group: Collective) -> Run:
     def run(state: StepState) -> None:
-        assert state.stream is not None and state.hidden is not None
+        assert state.stream is not None
+        assert state.hidden is not None
         state.stream = ops.ffn_down(spec, layer, state.hidden, state.stream, pending, group)
 
     return run

@@ -1,7 +1,7 @@
 """Plan, then run: a kernel set turns (spec, weights, bucket) into a step plan, an ordered list of launches.
 
-Tokens travel flat: one step computes ``T`` tokens of ``B`` sequences laid end to end, so no padding is ever computed. A decode
-step has one token a sequence, a prefill or an encoder step has many.
+Tokens travel flat: one step computes ``T`` tokens of ``B`` sequences laid end to end, so no padding is ever computed. A
+decode step has one token a sequence, a prefill or an encoder step has many.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from ops.weights import ModelWeights, Norm, WeightSource
 class Bucket:
     """Which steps a plan serves; None leaves a size open (only sets without static buffers can).
 
-    kind:      ``encode`` sees whole sequences at once and keeps no cache; ``decode`` and ``prefill`` append to the KV cache.
+    kind:      ``encode`` sees whole sequences at once and keeps no cache; ``decode`` and ``prefill`` append to the KV
+               cache.
     sequences: at most so many sequences a step.
     tokens:    at most so many tokens a step, all sequences together.
     """
@@ -109,7 +110,8 @@ class Launch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """hidden: [T, hidden] after the last norm (``rows`` of it if asked); outputs: what the head gives for it, or None."""
+    """hidden: [T, hidden] after the last norm (``rows`` of it if asked); outputs: what the head gives for it, or
+    None."""
 
     hidden: Tensor
     outputs: Tensor | None

@@ -1,4 +1,5 @@
-"""The ops by their definitions, in plain PyTorch: what every kernel set is tested against. Written for clarity, not for speed.
+"""The ops by their definitions, in plain PyTorch: what every kernel set is tested against. Written for clarity, not for
+speed.
 
 All of them compute in the dtype they are given; tests call them in fp64 or fp32.
 """
@@ -14,7 +15,8 @@ from ops.spec import Activation, NormKind, RotaryPositions
 
 
 def norm(x: Tensor, kind: NormKind, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """LayerNorm (Ba et al., arXiv 1607.06450) or RMSNorm (Zhang and Sennrich, arXiv 1910.07467) of the last axis of ``x``."""
+    """LayerNorm (Ba et al., arXiv 1607.06450) or RMSNorm (Zhang and Sennrich, arXiv 1910.07467) of the last axis of
+    ``x``."""
     if kind == "layernorm":
         x = x - x.mean(-1, keepdim=True)
     scaled = x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
@@ -66,9 +68,9 @@ def attention(
 ) -> Tensor:
     """Scaled dot-product attention of one sequence.
 
-    ``queries`` [Tq, heads, d] are the last Tq of the Tk tokens whose ``keys`` and ``values`` [Tk, kv_heads, d] are given.
-    ``window`` limits a query to its last so many keys, itself included; ``slopes`` [heads] are ALiBi's. Returns [Tq, heads, d].
-    A query that sees no key gives zeros.
+    ``queries`` [Tq, heads, d] are the last Tq of the Tk tokens whose ``keys`` and ``values`` [Tk, kv_heads, d] are
+    given. ``window`` limits a query to its last so many keys, itself included; ``slopes`` [heads] are ALiBi's. Returns
+    [Tq, heads, d]. A query that sees no key gives zeros.
     """
     tq, heads, _ = queries.shape
     tk, kv_heads, _ = keys.shape

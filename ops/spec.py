@@ -1,7 +1,7 @@
 """What a Transformer is: the facts that the one model implementation walks.
 
-A model family (``engine/families``) turns a checkpoint's ``config.json`` into a :class:`ModelSpec`; nothing behind that door
-knows Hugging Face's attribute names. All sizes are counts of elements, never bytes.
+A model family (``engine/families``) turns a checkpoint's ``config.json`` into a :class:`ModelSpec`; nothing behind that
+door knows Hugging Face's attribute names. All sizes are counts of elements, never bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class NoPositions:
 
 @dataclass(frozen=True)
 class LearnedPositions:
-    """A table of ``count`` learned vectors; the token at position p takes row ``p + offset`` (OPT: 2, RoBERTa: pad + 1)."""
+    """A table of ``count`` learned vectors; the token at position p takes row ``p + offset`` (OPT: 2, RoBERTa: pad +
+    1)."""
 
     count: int
     offset: int = 0
@@ -40,8 +41,9 @@ class LearnedPositions:
 class RotaryPositions:
     """Rotary embedding (Su et al., arXiv 2104.09864) of the first ``dim`` elements of each query and key head.
 
-    ``inv_freq`` holds ``dim / 2`` radians per position, any scaling of long contexts already applied; ``factor`` multiplies
-    the cosines and sines (YaRN). ``interleaved`` pairs elements (2i, 2i + 1) as GPT-J does, else (i, i + dim / 2).
+    ``inv_freq`` holds ``dim / 2`` radians per position, any scaling of long contexts already applied; ``factor``
+    multiplies the cosines and sines (YaRN). ``interleaved`` pairs elements (2i, 2i + 1) as GPT-J does, else (i, i + dim
+    / 2).
     """
 
     dim: int
@@ -52,7 +54,8 @@ class RotaryPositions:
 
 @dataclass(frozen=True)
 class ALiBiPositions:
-    """Attention with linear biases (Press et al., arXiv 2108.12409): ``slopes[h] * (key position - query position)``."""
+    """Attention with linear biases (Press et al., arXiv 2108.12409): ``slopes[h] * (key position - query
+    position)``."""
 
     slopes: tuple[float, ...]
 
@@ -62,7 +65,8 @@ Positions = NoPositions | LearnedPositions | RotaryPositions | ALiBiPositions
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSpec:
-    """What stands on the last layer: ``pick token -> dense -> activation -> norm -> project -> out``, each step optional.
+    """What stands on the last layer: ``pick token -> dense -> activation -> norm -> project -> out``, each step
+    optional.
 
     task:       whose outputs these are.
     outputs:    rows of the output projection (vocabulary or labels); 0 where there is none (an encoder's pooler).
@@ -145,7 +149,9 @@ class ModelSpec:
         if self.windows and len(self.windows) != self.layers:
             raise ValueError(f"{self.family}: {len(self.windows)} windows for {self.layers} layers")
         rotary = self.positions
-        if isinstance(rotary, RotaryPositions) and (rotary.dim > self.head_dim or len(rotary.inv_freq) * 2 != rotary.dim):
+        if isinstance(rotary, RotaryPositions) and (
+            rotary.dim > self.head_dim or len(rotary.inv_freq) * 2 != rotary.dim
+        ):
             raise ValueError(f"{self.family}: rotary size {rotary.dim} does not fit head size {self.head_dim}")
 
     @property

@@ -20,7 +20,8 @@ T = TypeVar("T")
 class WeightSource(Protocol):
     """Named tensors to read: safetensors files, a live ``state_dict``, a renaming of either.
 
-    Reading is lazy and by slice, so that a rank reads only what it keeps and the whole checkpoint is never resident twice.
+    Reading is lazy and by slice, so that a rank reads only what it keeps and the whole checkpoint is never resident
+    twice.
     """
 
     @property
@@ -65,7 +66,8 @@ class PackedWeight(Protocol):
         ...
 
 
-#: Turns a plain weight [out, in] into the form a kernel set reads; ``shared``: the plain tensor has another user and stays.
+#: Turns a plain weight [out, in] into the form a kernel set reads; ``shared``: the plain tensor has another user and
+#: stays.
 PackWeight = Callable[..., "Tensor | PackedWeight"]
 
 
@@ -103,7 +105,8 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer, fused as the macro-ops read it: ``qkv`` is [q + k + v, hidden]; ``up`` is [gate + up, hidden] if gated."""
+    """One layer, fused as the macro-ops read it: ``qkv`` is [q + k + v, hidden]; ``up`` is [gate + up, hidden] if
+    gated."""
 
     attn_norm: Norm
     qkv: Linear

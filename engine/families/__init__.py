@@ -35,7 +35,8 @@ def family_for(config: HFConfig) -> Family:
             return family
     known = ", ".join(sorted(name for family in families() for name in family.model_types))
     raise CheckpointError(
-        f"{config.where}: model_type: no family {model_type!r} here; there are: {known} (docs/adding_a_family.md adds one)"
+        f"{config.where}: model_type: no family {model_type!r} here; there are: {known} "
+        "(docs/adding_a_family.md adds one)"
     )
 
 

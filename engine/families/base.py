@@ -1,4 +1,5 @@
-"""What a model family is: how its Hugging Face config becomes a :class:`ModelSpec`, and what its checkpoint calls each weight.
+"""What a model family is: how its Hugging Face config becomes a :class:`ModelSpec`, and what its checkpoint calls each
+weight.
 
 Adding a family is one file in this package that defines ``FAMILY``; ``docs/adding_a_family.md`` walks through one.
 """
@@ -47,7 +48,8 @@ class HFConfig:
         self.values, self.where = values, where
 
     def get(self, kind: type[T], key: str, default: T | None = None) -> T:
-        """The value of ``key`` as ``kind`` (an int is a float); without a default the key must be there and not null."""
+        """The value of ``key`` as ``kind`` (an int is a float); without a default the key must be there and not
+        null."""
         value = self.values.get(key)
         if value is None:
             if default is None:
@@ -88,7 +90,8 @@ class HFConfig:
         return tuple(f"LABEL_{i}" for i in range(self.get(int, "num_labels", 2)))
 
     def scores(self) -> Scores:
-        """What makes scores of a sequence classifier's outputs: ``problem_type``, else the number of labels, as in Hugging Face."""
+        """What makes scores of a sequence classifier's outputs: ``problem_type``, else the number of labels, as in
+        Hugging Face."""
         kind = self.optional(str, "problem_type")
         if kind == "regression":
             return "none"

@@ -76,7 +76,8 @@ def encoder_spec(config: HFConfig, head: HeadSpec, *, family: str, offset: int =
 
 
 def encoder_head(config: HFConfig, task: Task) -> HeadSpec:
-    """Heads as BERT and RoBERTa have them: a tanh pooler on the first token, plain projections, the masked LM's transform."""
+    """Heads as BERT and RoBERTa have them: a tanh pooler on the first token, plain projections, the masked LM's
+    transform."""
     labels = config.labels()
     if task == "embedding":
         return HeadSpec(task=task, outputs=0, first_token=True, dense=True, activation="tanh")

@@ -44,7 +44,9 @@ def _windows(config: HFConfig, layers: int) -> tuple[int | None, ...]:
     pattern = config.values.get("attention_types") or [[["global", "local"], layers // 2]]
     kinds = config.values.get("attention_layers") or [kind for group, times in pattern for kind in list(group) * times]
     if len(kinds) != layers or not set(kinds) <= {"global", "local"}:
-        raise CheckpointError(f'{config.where}: attention_types: gives {kinds} for {layers} layers of "global" or "local"')
+        raise CheckpointError(
+            f'{config.where}: attention_types: gives {kinds} for {layers} layers of "global" or "local"'
+        )
     return tuple(window if kind == "local" else None for kind in kinds)
 
 

@@ -10,7 +10,8 @@ from ops.spec import ModelSpec, Task
 
 
 def spec(config: HFConfig, task: Task) -> ModelSpec:
-    """The facts of a ``RobertaConfig``. Position 0 is row ``pad_token_id + 1``; its masked LM uses exact GELU always."""
+    """The facts of a ``RobertaConfig``. Position 0 is row ``pad_token_id + 1``; its masked LM uses exact GELU
+    always."""
     head = encoder_head(config, task)
     if task == "masked_lm":
         head = replace(head, activation="gelu")

@@ -11,7 +11,9 @@ from engine.families.base import HFConfig
 from ops.spec import RotaryPositions
 
 
-def rotary_from_hf(config: HFConfig, head_dim: int, max_positions: int, *, interleaved: bool = False) -> RotaryPositions:
+def rotary_from_hf(
+    config: HFConfig, head_dim: int, max_positions: int, *, interleaved: bool = False
+) -> RotaryPositions:
     """The rotary embedding that ``config`` describes.
 
     transformers 4 writes ``rope_theta`` and ``rope_scaling``, transformers 5 ``rope_parameters``; both are read.
@@ -31,7 +33,9 @@ def rotary_from_hf(config: HFConfig, head_dim: int, max_positions: int, *, inter
     elif kind == "yarn":
         plain, factor = _yarn(plain, reader, theta, dim, max_positions)
     elif kind not in ("default", "dynamic"):
-        raise CheckpointError(f"{reader.where}: rope_type {kind!r} is not supported; default, linear, dynamic, llama3, yarn are")
+        raise CheckpointError(
+            f"{reader.where}: rope_type {kind!r} is not supported; default, linear, dynamic, llama3, yarn are"
+        )
     return RotaryPositions(dim, tuple(plain), factor, interleaved)
 
 
@@ -48,7 +52,8 @@ def _llama3(frequency: float, scaling: HFConfig) -> float:
 def _yarn(
     plain: list[float], scaling: HFConfig, theta: float, dim: int, max_positions: int
 ) -> tuple[list[float], float]:
-    """YaRN (Peng et al., arXiv 2309.00071): interpolate slow pairs, keep fast ones, ramp between, sharpen the softmax."""
+    """YaRN (Peng et al., arXiv 2309.00071): interpolate slow pairs, keep fast ones, ramp between, sharpen the
+    softmax."""
     trained = scaling.get(float, "original_max_position_embeddings", float(max_positions))
     factor = scaling.get(float, "factor", max_positions / trained)
 
@@ -67,7 +72,8 @@ def _yarn(
 
 
 def _yarn_factor(scaling: HFConfig, factor: float) -> float:
-    """The temperature on cosines and sines: ``0.1 m ln(factor) + 1``, a quotient of two where mscale_all_dim is given."""
+    """The temperature on cosines and sines: ``0.1 m ln(factor) + 1``, a quotient of two where mscale_all_dim is
+    given."""
 
     def mscale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0

@@ -88,7 +88,8 @@ _OUTPUTS: dict[Task, Callable[[Rows, StepResult], Any]] = {
 
 
 def pool(hidden: Tensor, lengths: Sequence[int], pooling: Pooling, normalize: bool) -> Tensor:
-    """One fp32 vector [B, hidden] for each sequence of the flat ``hidden`` [T, hidden]: its mean or its first token's."""
+    """One fp32 vector [B, hidden] for each sequence of the flat ``hidden`` [T, hidden]: its mean or its first
+    token's."""
     if pooling == "cls":
         firsts = torch.tensor([end - length for end, length in zip(accumulate(lengths), lengths, strict=True)])
         vectors = hidden[firsts.to(hidden.device)].float()
@@ -101,7 +102,8 @@ def pool(hidden: Tensor, lengths: Sequence[int], pooling: Pooling, normalize: bo
 
 
 def embed(runner: Runner, rows: Rows, pooling: Pooling, normalize: bool, batch_size: int) -> Iterator[Tensor]:
-    """Sentence embeddings [batch, hidden] in fp32 on the CPU, in the order given, ``batch_size`` sequences at a time."""
+    """Sentence embeddings [batch, hidden] in fp32 on the CPU, in the order given, ``batch_size`` sequences at a
+    time."""
     for start in range(0, len(rows.ids), batch_size):
         ids = rows.ids[start : start + batch_size]
         types = rows.types[start : start + batch_size] if rows.types is not None and runner.spec.token_types else None
@@ -109,7 +111,8 @@ def embed(runner: Runner, rows: Rows, pooling: Pooling, normalize: bool, batch_s
 
 
 def pooling_of(directory: Path | None) -> tuple[Pooling, bool, str]:
-    """How a sentence-transformers checkpoint pools: (pooling, normalize, reason); mean and normalized where it does not say."""
+    """How a sentence-transformers checkpoint pools: (pooling, normalize, reason); mean and normalized where it does not
+    say."""
     path = directory / "1_Pooling" / "config.json" if directory is not None else None
     if path is None or not path.is_file():
         return "mean", True, "the checkpoint does not say: mean of the tokens, normalized"
@@ -120,7 +123,9 @@ def pooling_of(directory: Path | None) -> tuple[Pooling, bool, str]:
     modes = [key for key, on in config.items() if key.startswith("pooling_mode_") and on is True]
     known: dict[str, Pooling] = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
     if len(modes) != 1 or modes[0] not in known:
-        raise EngineError(f'{path}: pooling {", ".join(modes)} is not built here: set embedding.pooling to "mean" or "cls"')
+        raise EngineError(
+            f'{path}: pooling {", ".join(modes)} is not built here: set embedding.pooling to "mean" or "cls"'
+        )
     modules = path.parent.parent / "modules.json"
     normalize = "Normalize" in modules.read_text("utf-8") if modules.is_file() else True
     return known[modes[0]], normalize, f"{path.parent.name}/{path.name} of the checkpoint says so"

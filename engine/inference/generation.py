@@ -125,7 +125,7 @@ class Generator:
         try:
             held += [self.cache.allocate(len(row) + params.max_new_tokens) for row in rows]
             state = _sampling_state(rows, params, self.runner, first)
-            watch = [StopText(self.text, params.stop) for _ in rows] if texts else None
+            watch = [StopText(self.text, params.stop) if texts else None for _ in rows]
             active = list(range(len(rows)))
             with torch.inference_mode():
                 logits = self.runner.prefill(self.cache, held, rows, self.prefill_chunk)
@@ -137,7 +137,7 @@ class Generator:
                 chances = _logprobs(tokens, out.logprobs)
                 keep = []
                 for place, row in enumerate(active):
-                    piece = _piece(first + row, tokens[place], chances[place], watch and watch[row], params, step)
+                    piece = _piece(first + row, tokens[place], chances[place], watch[row], params, step)
                     if piece.finish_reason is None:
                         keep.append(place)
                     yield piece

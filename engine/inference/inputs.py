@@ -1,4 +1,5 @@
-"""What a user may hand over as a batch, brought to rows of token ids without padding, and outputs brought back to its shape."""
+"""What a user may hand over as a batch, brought to rows of token ids without padding, and outputs brought back to its
+shape."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ class Rows:
     single: bool = False
 
     def pad(self, flat: Tensor) -> Tensor:
-        """[T, ...] laid out as the caller's batch [B, S, ...]; zeros where there is padding, on the right by default."""
+        """[T, ...] laid out as the caller's batch [B, S, ...]; zeros where there is padding, on the right by
+        default."""
         places = self.places
         if places is None:
             longest = max(len(row) for row in self.ids)
@@ -41,7 +43,8 @@ class Rows:
 
 
 def rows_from(batch: Any, text: Text, *, attention_mask: Any = None, token_type_ids: Any = None) -> Rows:
-    """Rows from a text, a list of texts, (text, text) pairs, token ids, a padded tensor with its mask, or a BatchEncoding."""
+    """Rows from a text, a list of texts, (text, text) pairs, token ids, a padded tensor with its mask, or a
+    BatchEncoding."""
     if isinstance(batch, Mapping):
         if "input_ids" not in batch:
             raise EngineError(f"a batch needs input_ids, got {', '.join(map(str, batch))}")
@@ -96,7 +99,7 @@ def _beside(ids: Tensor, given: Any, name: str, otherwise: int) -> Tensor:
     """``given`` as a tensor of ``ids``' shape [B, S]; ``otherwise`` everywhere if it is None."""
     if given is None:
         return torch.full_like(ids, otherwise)
-    found = torch.atleast_2d(torch.as_tensor(given).cpu())
+    found: Tensor = torch.atleast_2d(torch.as_tensor(given).cpu())
     if found.shape != ids.shape:
         raise EngineError(f"{name}: shape {list(found.shape)} does not fit input_ids {list(ids.shape)}")
     return found

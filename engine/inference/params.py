@@ -1,4 +1,5 @@
-"""How to generate: the caller's wishes over the config's over the checkpoint's, with Hugging Face's names and meanings."""
+"""How to generate: the caller's wishes over the config's over the checkpoint's, with Hugging Face's names and
+meanings."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from engine.errors import EngineError
 MAX_NEW_TOKENS = 20
 TOP_K = 50
 
-#: GenerationConfig attributes that change the text in ways that are not built here, with the value that leaves them off.
+#: GenerationConfig attributes that change the text in ways that are not built here, with the value that leaves them
+#: off.
 UNSUPPORTED: Mapping[str, Any] = {
     "num_beams": 1,
     "num_beam_groups": 1,
@@ -92,8 +94,9 @@ SAMPLING_OPTIONS = ("temperature", "top_k", "top_p")
 def resolve(*layers: Mapping[str, Any], fresh_seed: int) -> SamplingParams:
     """Merges ``layers`` of options, the strongest first (caller, GenerationConfig, config, checkpoint).
 
-    Sampling happens where ``do_sample`` says so, or where a layer stronger than the one that says no gives a temperature
-    above 0, a top_k or a top_p: an option that is given is applied. ``fresh_seed`` serves where no seed is given.
+    Sampling happens where ``do_sample`` says so, or where a layer stronger than the one that says no gives a
+    temperature above 0, a top_k or a top_p: an option that is given is applied. ``fresh_seed`` serves where no seed is
+    given.
     """
     merged: dict[str, Any] = {}
     for layer in reversed(layers):
@@ -156,7 +159,13 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
             raise EngineError(f"{name}: got {value!r}, wanted a number")
         if name == "stop" and not (isinstance(value, str) or all(isinstance(text, str) for text in value)):
             raise EngineError(f"stop: got {value!r}, wanted a text or a list of texts")
-    off = "do_sample=False" if options.get("do_sample") is False else "temperature=0" if options.get("temperature") == 0 else ""
+    off = (
+        "do_sample=False"
+        if options.get("do_sample") is False
+        else "temperature=0"
+        if options.get("temperature") == 0
+        else ""
+    )
     for name in ("temperature", "top_k", "top_p") if off else ():
         if options.get(name) and options[name] != (1 if name == "top_p" else None):
             raise EngineError(f"{name}={options[name]!r} has no effect with {off}: leave one of the two out")
@@ -166,7 +175,8 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_generation_config(config: Any) -> dict[str, Any]:
-    """The options of a Hugging Face ``GenerationConfig`` (or its dictionary); what is not built here is refused by name."""
+    """The options of a Hugging Face ``GenerationConfig`` (or its dictionary); what is not built here is refused by
+    name."""
     values: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
     for name, off in UNSUPPORTED.items():
         if values.get(name) not in (None, off):
@@ -193,5 +203,3 @@ def option_names(options: Sequence[str]) -> None:
             close = difflib.get_close_matches(name, OPTIONS, n=1)
             hint = f', did you mean "{close[0]}"?' if close else ""
             raise EngineError(f"generate: unknown option {name!r}{hint} (allowed: {', '.join(OPTIONS)})")
-
-

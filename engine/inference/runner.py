@@ -1,4 +1,5 @@
-"""Runs the steps of one packed model: lays sequences end to end, keeps their caches, and hands the steps to the kernels."""
+"""Runs the steps of one packed model: lays sequences end to end, keeps their caches, and hands the steps to the
+kernels."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ class Runner:
         positions = [at for length in lengths for at in range(length)]
         for index, row in enumerate(token_types or ()):
             if row and not 0 <= min(row) <= max(row) < self.spec.token_types:
-                raise EngineError(f"sequence {index}: this model's token types go from 0 to {self.spec.token_types - 1}")
+                raise EngineError(
+                    f"sequence {index}: this model's token types go from 0 to {self.spec.token_types - 1}"
+                )
         types = None if token_types is None else self._tensor([t for row in token_types for t in row])
         ends = None if wanted is None else self._tensor(list(wanted))
         tokens = self._tensor([t for row in rows for t in row])
@@ -60,7 +63,9 @@ class Runner:
             active = [i for i, row in enumerate(rows) if done < len(row)]
             pieces = [rows[i][done : done + chunk] for i in active]
             ends = [i for i in active if len(rows[i]) <= done + chunk]
-            out = self._append(Bucket("prefill"), cache, [sequences[i] for i in active], pieces, [active.index(i) for i in ends])
+            out = self._append(
+                Bucket("prefill"), cache, [sequences[i] for i in active], pieces, [active.index(i) for i in ends]
+            )
             for i, row in zip(ends, out, strict=True):
                 logits[i] = row
             done += chunk
@@ -71,11 +76,18 @@ class Runner:
         return self._append(Bucket("decode"), cache, sequences, [[t] for t in tokens], None)
 
     def _append(
-        self, bucket: Bucket, cache: PagedCache, sequences: Seq[Sequence], pieces: Seq[Seq[int]], wanted: Seq[int] | None
+        self,
+        bucket: Bucket,
+        cache: PagedCache,
+        sequences: Seq[Sequence],
+        pieces: Seq[Seq[int]],
+        wanted: Seq[int] | None,
     ) -> Tensor:
         """One step over the cache; ``wanted`` are the sequences whose last token's logits are asked for (None: all)."""
         lengths = [len(piece) for piece in pieces]
-        positions = [at for s, piece in zip(sequences, pieces, strict=True) for at in range(s.length, s.length + len(piece))]
+        positions = [
+            at for s, piece in zip(sequences, pieces, strict=True) for at in range(s.length, s.length + len(piece))
+        ]
         view = cache.view(sequences, lengths)
         rows = None
         if bucket.kind == "prefill":
@@ -98,7 +110,9 @@ class Runner:
             low, high = min(row), max(row)
             if low < 0 or high >= self.spec.vocab_size:
                 wrong = low if low < 0 else high
-                raise EngineError(f"sequence {index}: token id {wrong} is outside the vocabulary of {self.spec.vocab_size}")
+                raise EngineError(
+                    f"sequence {index}: token id {wrong} is outside the vocabulary of {self.spec.vocab_size}"
+                )
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)

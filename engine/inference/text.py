@@ -26,7 +26,9 @@ class Text:
 
     def _load(self) -> Any:
         if self._directory is None:
-            raise EngineError("this engine was built from a live model without a tokenizer: give token ids, or tokenizer=...")
+            raise EngineError(
+                "this engine was built from a live model without a tokenizer: give token ids, or tokenizer=..."
+            )
         from transformers import AutoTokenizer
 
         extra = {"gguf_file": self._gguf_file} if self._gguf_file else {}
@@ -34,7 +36,9 @@ class Text:
             return AutoTokenizer.from_pretrained(str(self._directory), trust_remote_code=False, **extra)
         except Exception as error:  # transformers raises many kinds; the directory is what the user can act on
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise CheckpointError(f"{self._directory}: no usable tokenizer here ({reason}); token ids still work") from error
+            raise CheckpointError(
+                f"{self._directory}: no usable tokenizer here ({reason}); token ids still work"
+            ) from error
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text`` with the tokenizer's special tokens."""
@@ -47,7 +51,9 @@ class Text:
             if not (isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message):
                 raise EngineError(f"messages[{index}]: wanted an object with role and content, got {message!r}")
         if not getattr(self.tokenizer, "chat_template", None):
-            raise EngineError(f"{self._directory}: its tokenizer has no chat template: give a prompt instead of messages")
+            raise EngineError(
+                f"{self._directory}: its tokenizer has no chat template: give a prompt instead of messages"
+            )
         text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids

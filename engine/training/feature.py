@@ -1,7 +1,7 @@
 """What a training feature is: one file, one class, named hooks that do nothing until they are overridden.
 
-The loop has no feature branches: it walks a tuple of features and calls each hook in order. A feature whose configuration
-is on and that ends up applied to nothing raises in ``setup``.
+The loop has no feature branches: it walks a tuple of features and calls each hook in order. A feature whose
+configuration is on and that ends up applied to nothing raises in ``setup``.
 """
 
 from __future__ import annotations

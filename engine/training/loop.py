@@ -54,7 +54,9 @@ class Loop:
         progress.optimizer.step()
         self._walk("optimizer_step_end")
         progress.step += 1
-        metrics = {f"{feature.name}/{key}": v for feature in self.features for key, v in feature.step_end(progress).items()}
+        metrics = {
+            f"{feature.name}/{key}": v for feature in self.features for key, v in feature.step_end(progress).items()
+        }
         return StepReport(progress.step, sum(losses) / len(losses), metrics)
 
     def _micro_batch(self, index: int, batch: Any, count: int) -> float:
@@ -66,7 +68,7 @@ class Loop:
         value = float(loss.detach())
         for feature in self.features:
             loss = feature.loss(self.progress, loss)
-        (loss / count).backward()  # type: ignore[no-untyped-call]
+        (loss / count).backward()
         self._walk("backward_end")
         return value
 

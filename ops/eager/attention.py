@@ -112,13 +112,13 @@ def _attention(spec: ModelSpec, layer: int, queries: Tensor, keys: Tensor, value
     window = spec.window(layer)
     if tq == 1 and window is not None and window < tk and spec.causal:
         keys, values, tk = keys[:, -window:], values[:, -window:], window
-    windowed = window is not None and window < tk
-    if not windowed and (not spec.causal or tq == 1 or tq == tk) and not _needs_scores(spec, queries):
+    windowed = None if window is None or window >= tk else window
+    if windowed is None and (not spec.causal or tq == 1 or tq == tk) and not _needs_scores(spec, queries):
         return _fused(spec, queries, keys, values, None, causal=spec.causal and tq > 1)
     distance = torch.arange(tk - tq, tk, device=queries.device)[:, None] - torch.arange(tk, device=queries.device)
     seen = distance >= 0 if spec.causal else torch.ones_like(distance, dtype=torch.bool)
-    if windowed:
-        seen = seen & (distance < window)
+    if windowed is not None:
+        seen = seen & (distance < windowed)
     return _masked(spec, queries, keys, values, seen, distance)
 
 
@@ -150,7 +150,8 @@ def _masked(spec: ModelSpec, queries: Tensor, keys: Tensor, values: Tensor, seen
 def _fused(
     spec: ModelSpec, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *, causal: bool
 ) -> Tensor:
-    """PyTorch's fused attention. With one query a sequence, the heads that share keys are read as queries of one head."""
+    """PyTorch's fused attention. With one query a sequence, the heads that share keys are read as queries of one
+    head."""
     batch, tq, heads, size = queries.shape
     k, v = keys.transpose(1, 2), values.transpose(1, 2)
     grouped = spec.heads != spec.kv_heads

@@ -1,15 +1,16 @@
 """Weights packed for a CPU: the linear layers of the ``eager`` set there.
 
-``F.linear`` leaves half of two cores idle on one token and reads fp32 weights from a layout made for large products. Two
-packings do better, each one copy of the weight that replaces the plain one:
+``F.linear`` leaves half of two cores idle on one token and reads fp32 weights from a layout made for large products.
+Two packings do better, each one copy of the weight that replaces the plain one:
 
-* fp16 in FBGEMM's layout, where every weight is *exactly* representable in fp16 after a power-of-two scale (bf16 checkpoints
-  are): half the bytes to read, activations and sums in fp32, so that the result is that of the fp32 weight to rounding.
+* fp16 in FBGEMM's layout, where every weight is *exactly* representable in fp16 after a power-of-two scale (bf16
+  checkpoints are): half the bytes to read, activations and sums in fp32, so that the result is that of the fp32 weight
+  to rounding.
 * oneDNN's blocked layout otherwise, in the weight's own dtype.
 
-Measured figures are in benchmarks/RESULTS.md. Both are operators that PyTorch ships for its own quantization and compiler
-backends and does not document; each is used only where it is found and gives the right product, and ``F.linear`` serves
-everywhere else.
+Measured figures are in benchmarks/RESULTS.md. Both are operators that PyTorch ships for its own quantization and
+compiler backends and does not document; each is used only where it is found and gives the right product, and
+``F.linear`` serves everywhere else.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class HalfPacked:
 
 @dataclass(frozen=True)
 class Blocked:
-    """A weight [out, in] in oneDNN's layout, or plain where another user needs it so; computes in the weight's dtype."""
+    """A weight [out, in] in oneDNN's layout, or plain where another user needs it so; computes in the weight's
+    dtype."""
 
     weight: Tensor
     shape: tuple[int, int]
@@ -67,8 +69,9 @@ class Blocked:
 def pack_for_cpu(weight: Tensor, *, shared: bool = False) -> Tensor | PackedWeight:
     """The fastest form of a CPU weight [out, in] that costs no second copy of it.
 
-    ``shared`` says that the plain tensor stays anyway (an embedding that is also the output projection): then only a smaller
-    copy is worth its memory. Returns ``weight`` itself where no packing serves; a packing keeps no reference to it otherwise.
+    ``shared`` says that the plain tensor stays anyway (an embedding that is also the output projection): then only a
+    smaller copy is worth its memory. Returns ``weight`` itself where no packing serves; a packing keeps no reference to
+    it otherwise.
     """
     if 0 in weight.shape:
         return weight

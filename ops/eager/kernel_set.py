@@ -30,7 +30,9 @@ class EagerKernels:
     def assert_supports(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
         """Any model on any device, in fp32, bf16 or fp16."""
         if dtype not in DTYPES:
-            raise KernelError(f'kernels "eager" compute in fp32, bf16 or fp16, not {dtype}: set "precision" to one of these')
+            raise KernelError(
+                f'kernels "eager" compute in fp32, bf16 or fp16, not {dtype}: set "precision" to one of these'
+            )
 
     def pack(self, spec: ModelSpec, source: WeightSource, device: torch.device, dtype: torch.dtype) -> ModelWeights:
         """Weights in ``dtype`` on ``device``, QKV and gate + up fused."""
@@ -82,7 +84,13 @@ class EagerKernels:
         return attention.attend(spec, index, inputs, queries, keys, values)
 
     def attention_out(
-        self, spec: ModelSpec, layer: LayerWeights, hidden: Tensor, stream: Stream, pending: Norm | None, group: Collective
+        self,
+        spec: ModelSpec,
+        layer: LayerWeights,
+        hidden: Tensor,
+        stream: Stream,
+        pending: Norm | None,
+        group: Collective,
     ) -> Stream:
         """Macro-op 3."""
         return _add_partial(spec, layer.out, hidden, stream, pending, group)
@@ -97,7 +105,13 @@ class EagerKernels:
         return act(gate) * up
 
     def ffn_down(
-        self, spec: ModelSpec, layer: LayerWeights, hidden: Tensor, stream: Stream, pending: Norm | None, group: Collective
+        self,
+        spec: ModelSpec,
+        layer: LayerWeights,
+        hidden: Tensor,
+        stream: Stream,
+        pending: Norm | None,
+        group: Collective,
     ) -> Stream:
         """Macro-op 5."""
         return _add_partial(spec, layer.down, hidden, stream, pending, group)

@@ -11,7 +11,8 @@ from ops.weights import Linear
 
 
 def linear(x: Tensor, layer: Linear, *, bias: bool = True) -> Tensor:
-    """``x W^T (+ b)``: ``x`` [T, in] to [T, out] in ``x``'s dtype. A quantized weight is dequantized first: the reference."""
+    """``x W^T (+ b)``: ``x`` [T, in] to [T, out] in ``x``'s dtype. A quantized weight is dequantized first: the
+    reference."""
     weight = layer.weight
     added = layer.bias if bias else None
     if isinstance(weight, QuantizedTensor):

@@ -35,15 +35,23 @@ def test_explicit_choices_are_kept_and_not_explained() -> None:
 def test_every_auto_has_a_reason() -> None:
     found = plan("bert")
     assert all(c.reason for c in found.choices)
-    assert {c.path for c in found.choices} >= {"$.precision", "$.kernels", "$.embedding.pooling", "$.embedding.normalize"}
+    assert {c.path for c in found.choices} >= {
+        "$.precision",
+        "$.kernels",
+        "$.embedding.pooling",
+        "$.embedding.normalize",
+    }
     document = found.explain()
-    assert document["precision"] == "fp32" and document["embedding"]["pooling"] == "mean"
+    assert document["precision"] == "fp32"
+    assert document["embedding"]["pooling"] == "mean"
     assert load_config({**document}).to_dict() == document, "a resolved config is a config"
 
 
 def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(EngineError, match=r'\$\.device: "cuda:0", but no CUDA GPU is visible .*set "device" to "cpu" or "auto"'):
+    with pytest.raises(
+        EngineError, match=r'\$\.device: "cuda:0", but no CUDA GPU is visible .*set "device" to "cpu" or "auto"'
+    ):
         plan(device="cuda:0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(EngineError, match="the GPUs here are cuda:0 to cuda:1"):
@@ -62,7 +70,7 @@ def test_the_cache_takes_no_more_than_its_share_of_memory(monkeypatch: pytest.Mo
     assert found.max_tokens == 40
     assert "50% of the free memory" in choice(found, "$.inference.max_tokens").reason
     monkeypatch.setattr(build, "_free_bytes", lambda device: per_token)
-    with pytest.raises(EngineError, match="lower inference.max_batch"):
+    with pytest.raises(EngineError, match=r"lower inference\.max_batch"):
         plan()
 
 
@@ -122,5 +130,5 @@ def test_pooling_follows_the_checkpoint(tmp_path: Path, files: dict[str, str], e
 def test_a_pooling_that_is_not_built(tmp_path: Path) -> None:
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
-    with pytest.raises(EngineError, match='set embedding.pooling to "mean" or "cls"'):
+    with pytest.raises(EngineError, match=r'set embedding\.pooling to "mean" or "cls"'):
         build.pooling_of(tmp_path)

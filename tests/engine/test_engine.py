@@ -29,7 +29,10 @@ def test_a_path_a_dict_and_a_config_make_the_same_engine(tmp_path: Path) -> None
     document = {"model": {"path": str(tiny("gpt2", "causal_lm").directory)}, "device": "cpu"}
     path = tmp_path / "config.json"
     path.write_text(load_config(document).to_json())
-    found = [Engine(source).generate([5, 6], max_new_tokens=4).token_ids for source in (path, str(path), document, load_config(document))]
+    found = [
+        Engine(source).generate([5, 6], max_new_tokens=4).token_ids
+        for source in (path, str(path), document, load_config(document))
+    ]
     assert all(ids == found[0] for ids in found)
 
 
@@ -89,7 +92,8 @@ def test_verify_tells_right_from_wrong() -> None:
     assert "agrees with Hugging Face" in str(engine.verify())
     engine._runner().weights.layers[1].ffn_norm.weight.mul_(1.01)
     spoiled = engine.verify()
-    assert not spoiled.ok and "DIFFERS from Hugging Face" in str(spoiled)
+    assert not spoiled.ok
+    assert "DIFFERS from Hugging Face" in str(spoiled)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -101,7 +105,8 @@ def test_outputs_are_hugging_faces_classes() -> None:
     engine = Engine.from_pretrained(tiny("bert", "embedding").directory, device="cpu")
     found = engine([[5, 6, 7], [8]])
     assert type(found).__name__ == "BaseModelOutputWithPooling"
-    assert found.last_hidden_state.shape == (2, 3, 48) and found.pooler_output.shape == (2, 48)
+    assert found.last_hidden_state.shape == (2, 3, 48)
+    assert found.pooler_output.shape == (2, 48)
     assert bool((found.last_hidden_state[1, 1:] == 0).all()), "padded places are zero"
 
 
@@ -118,10 +123,12 @@ def test_minilm_embeds_as_sentence_transformers_would(minilm_dir: Path) -> None:
     mask = batch["attention_mask"][..., None]
     exact = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
     ours = engine.encode(SENTENCES)
-    assert ours.shape == (4, 384) and ours.dtype == torch.float32
+    assert ours.shape == (4, 384)
+    assert ours.dtype == torch.float32
     assert float((ours - exact).abs().max()) < 1e-5
     similar = ours @ ours.T
-    assert similar[0, 1] > 0.4 and similar[0, 2] < 0.2
+    assert similar[0, 1] > 0.4
+    assert similar[0, 2] < 0.2
     assert torch.allclose(engine.encode(SENTENCES[1]), ours[1], atol=1e-6), "one text gives one vector"
     assert torch.allclose(engine.encode(SENTENCES, batch_size=1), ours, atol=1e-6)
     first = F.normalize(hidden[:, 0], dim=-1)
@@ -142,7 +149,9 @@ def test_smollm2_says_what_hugging_face_says(smollm2_dir: Path) -> None:
     ours = engine.generate(messages=messages, max_new_tokens=24, do_sample=False)
     assert ours.token_ids == theirs.tolist()
     assert ours.text == tokenizer.decode(theirs, skip_special_tokens=True)
-    streamed = "".join(str(piece) for piece in engine.generate(messages=messages, max_new_tokens=24, do_sample=False, stream=True))
+    streamed = "".join(
+        str(piece) for piece in engine.generate(messages=messages, max_new_tokens=24, do_sample=False, stream=True)
+    )
     assert streamed == ours.text
     both = engine.generate(["The moon is", "Water boils at"], max_new_tokens=5, do_sample=False)
     assert [len(one.token_ids) for one in both] == [5, 5]

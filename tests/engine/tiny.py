@@ -42,7 +42,8 @@ def family_of(model_type: str) -> Family:
 
 @cache
 def tiny(model_type: str, task: Task, **changes: Any) -> Tiny:
-    """A checkpoint of ``model_type`` with every weight, bias and norm random and outputs of a standard deviation near 2."""
+    """A checkpoint of ``model_type`` with every weight, bias and norm random and outputs of a standard deviation near
+    2."""
     values = dict(family_of(model_type).tiny) | changes
     if task == "question_answering":
         values["num_labels"] = 2
@@ -112,7 +113,10 @@ def flat(outputs: Any, rows: list[list[int]], task: Task, side: str) -> Tensor:
         padded = torch.stack((outputs.start_logits, outputs.end_logits), dim=-1)
     else:
         padded = outputs.last_hidden_state if task == "embedding" else outputs.logits
-    pieces = [out[: len(row)] if side == "right" else out[len(out) - len(row) :] for out, row in zip(padded, rows, strict=True)]
+    pieces = [
+        out[: len(row)] if side == "right" else out[len(out) - len(row) :]
+        for out, row in zip(padded, rows, strict=True)
+    ]
     return torch.cat(pieces)
 
 
@@ -122,7 +126,9 @@ def padded(rows: list[list[int]], side: str, pad: int) -> dict[str, Tensor]:
     fill = [[pad] * (longest - len(row)) for row in rows]
     both = list(zip(rows, fill, strict=True))
     ids = [row + gap if side == "right" else gap + row for row, gap in both]
-    mask = [[1] * len(row) + [0] * len(gap) if side == "right" else [0] * len(gap) + [1] * len(row) for row, gap in both]
+    mask = [
+        [1] * len(row) + [0] * len(gap) if side == "right" else [0] * len(gap) + [1] * len(row) for row, gap in both
+    ]
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 

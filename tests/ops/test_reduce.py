@@ -59,7 +59,10 @@ class _Rank:
 
 def weights_of(one: ModelSpec) -> dict[str, Tensor]:
     shapes = one.weight_shapes().items()
-    return {name: noise(*shape, seed=i) * 0.3 + (1 if "norm.weight" in name else 0) for i, (name, shape) in enumerate(shapes)}
+    return {
+        name: noise(*shape, seed=i) * 0.3 + (1 if "norm.weight" in name else 0)
+        for i, (name, shape) in enumerate(shapes)
+    }
 
 
 def half(one: ModelSpec, weights: dict[str, Tensor], rank: int) -> dict[str, Tensor]:

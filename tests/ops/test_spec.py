@@ -27,7 +27,9 @@ def test_weight_shapes_of_a_gated_pre_norm_decoder() -> None:
 
 
 def test_a_tied_head_has_no_weight_of_its_own() -> None:
-    shapes = spec(head=HeadSpec(task="masked_lm", outputs=50, tied=True, bias=True, dense=True, norm=True)).weight_shapes()
+    shapes = spec(
+        head=HeadSpec(task="masked_lm", outputs=50, tied=True, bias=True, dense=True, norm=True)
+    ).weight_shapes()
     assert "head.out.weight" not in shapes
     assert shapes["head.out.bias"] == (50,)
     assert shapes["head.dense.weight"] == (48, 48)
@@ -62,6 +64,7 @@ def test_facts_that_cannot_be(changes: dict[str, Any], message: str) -> None:
 
 
 def test_a_spec_is_frozen_and_compares_by_value() -> None:
-    assert spec() == spec() and hash(spec()) == hash(spec())
+    assert spec() == spec()
+    assert hash(spec()) == hash(spec())
     with pytest.raises(FrozenInstanceError):
         spec().hidden = 3  # type: ignore[misc]

@@ -1,4 +1,5 @@
-"""Every family, every task, against Hugging Face in fp32: found by itself, so that a new family is tested by being there."""
+"""Every family, every task, against Hugging Face in fp32: found by itself, so that a new family is tested by being
+there."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Qwen2Config
 
 from engine import Engine
 from engine.build import DTYPES
@@ -31,9 +33,19 @@ VARIANTS: list[tuple[str, Task, dict[str, Any]]] = [
     ("gpt2", "causal_lm", {"scale_attn_weights": False, "n_inner": None, "activation_function": "gelu"}),
     ("gpt2", "causal_lm", {"tie_word_embeddings": False, "reorder_and_upcast_attn": True}),
     ("gpt_neo", "causal_lm", {"attention_types": [[["local"], 4]], "window_size": 3}),
+    ("opt", "causal_lm", {"do_layer_norm_before": False}),
+    ("opt", "causal_lm", {"word_embed_proj_dim": 48, "_remove_final_layer_norm": True, "tie_word_embeddings": False}),
+    ("opt", "causal_lm", {"enable_bias": False, "activation_function": "gelu"}),
+    ("qwen2", "causal_lm", {"use_sliding_window": False, "sliding_window": None, "tie_word_embeddings": True}),
     ("bert", "masked_lm", {"hidden_act": "gelu_new", "tie_word_embeddings": False}),
     ("roberta", "masked_lm", {"hidden_act": "relu", "type_vocab_size": 2}),
 ]
+if hasattr(Qwen2Config(), "layer_types"):  # older transformers put the window on every layer
+    VARIANTS += [
+        ("qwen2", "causal_lm", {"max_window_layers": 1, "rope_scaling": None}),
+        ("qwen2", "causal_lm", {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+        ("qwen2", "causal_lm", {"use_sliding_window": False}),
+    ]
 
 
 def outputs(engine: Engine, rows: list[list[int]], task: Task, side: str, pad: int) -> torch.Tensor:
@@ -69,11 +81,15 @@ def test_variants(model_type: str, task: Task, changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize("model_type", CAUSAL)
 @pytest.mark.parametrize("max_batch", [1, 3])
 def test_twenty_decoded_tokens(model_type: str, max_batch: int) -> None:
-    """Prefill in chunks of 5, then 20 tokens: the tokens that Hugging Face picks, and its log-probabilities for them."""
+    """Prefill in chunks of 5, then 20 tokens: the tokens that Hugging Face picks, and its log-probabilities for
+    them."""
     one = tiny(model_type, "causal_lm")
     rows = token_rows(one.vocab_size)
     engine = Engine.from_pretrained(
-        one.directory, precision="fp32", device="cpu", inference={"prefill_chunk": 5, "max_batch": max_batch, "page_size": 8}
+        one.directory,
+        precision="fp32",
+        device="cpu",
+        inference={"prefill_chunk": 5, "max_batch": max_batch, "page_size": 8},
     )
     found = engine.generate(rows, max_new_tokens=20, do_sample=False, logprobs=3, ignore_eos=True)
     for row, generation in zip(rows, found, strict=True):
@@ -192,7 +208,14 @@ def test_a_wrong_fact_shows(model_type: str, mutate: Mutation, request: pytest.F
     _, spec = spec_from_hf(one.model.config.to_dict(), task, model_type)
     wrong = mutate(spec)
     if wrong is None:
-        assert mutate.__name__ in ("_near_activation", "_rotary", "_rotary_pairs", "_window", "_window_layers", "_position_offset")
+        assert mutate.__name__ in (
+            "_near_activation",
+            "_rotary",
+            "_rotary_pairs",
+            "_window",
+            "_window_layers",
+            "_position_offset",
+        )
         return
     rows = token_rows(one.vocab_size)
     kernels = EagerKernels()
@@ -201,4 +224,6 @@ def test_a_wrong_fact_shows(model_type: str, mutate: Mutation, request: pytest.F
         ours = Runner(wrong, weights, kernels, CPU, SingleProcess()).whole(rows).outputs
     theirs = reference(one.model, rows, task)
     assert ours is not None
-    assert float((ours - theirs).abs().max()) > TOLERANCE * float(theirs.abs().max()), "the comparison cannot see this mistake"
+    assert float((ours - theirs).abs().max()) > TOLERANCE * float(theirs.abs().max()), (
+        "the comparison cannot see this mistake"
+    )

@@ -48,7 +48,9 @@ def test_twenty_tokens_as_on_a_cpu(model_type: str) -> None:
     rows = token_rows(one.vocab_size)
     options = {"max_new_tokens": 20, "ignore_eos": True, "logprobs": 2}
     found = [
-        Engine.from_pretrained(one.directory, precision="fp32", device=device, inference={"max_tokens": 64, "page_size": 8})
+        Engine.from_pretrained(
+            one.directory, precision="fp32", device=device, inference={"max_tokens": 64, "page_size": 8}
+        )
         for device in ("cpu", "cuda")
     ]
     cpu, gpu = (engine.generate(rows, do_sample=False, **options) for engine in found)

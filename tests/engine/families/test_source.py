@@ -36,7 +36,9 @@ def test_gpt2_weights_are_transposed_and_cut_apart() -> None:
     assert torch.equal(found.read("layers.1.k.weight"), fused[:, 48:96].t())
     assert torch.equal(found.read("layers.1.v.bias"), bias[96:])
     assert torch.equal(found.read("layers.1.v.weight", slice(5, 9)), fused[:, 101:105].t())
-    assert torch.equal(found.read("layers.0.up.weight", slice(3, 7)), state["transformer.h.0.mlp.c_fc.weight"][:, 3:7].t())
+    assert torch.equal(
+        found.read("layers.0.up.weight", slice(3, 7)), state["transformer.h.0.mlp.c_fc.weight"][:, 3:7].t()
+    )
     assert found.shape("layers.0.up.weight") == (80, 48)
 
 
@@ -98,7 +100,10 @@ def _surplus_bias(state: dict[str, Tensor]) -> None:
 
 WRONG = [
     (_drop, r"model\.layers\.1\.mlp\.down_proj\.weight: missing"),
-    (_misspell, r'model\.layers\.1\.mlp\.down_proj\.weight: missing, is "model\.layers\.1\.mlp\.downproj\.weight" meant\?'),
+    (
+        _misspell,
+        r'model\.layers\.1\.mlp\.down_proj\.weight: missing, is "model\.layers\.1\.mlp\.downproj\.weight" meant\?',
+    ),
     (_reshape, r"model\.norm\.weight: shape \[47\], but config\.json calls for \[48\]"),
     (_surplus, r"model\.layers\.3\.input_layernorm\.weight: this Llama model has no such weight"),
     (_surplus_bias, r"lm_head\.bias: this Llama model has no such weight"),
@@ -162,12 +167,15 @@ def test_facts_that_no_kernel_honours_are_refused() -> None:
 
 def test_every_family_states_what_it_needs() -> None:
     for family in families():
-        assert family.tiny and family.model_types and set(family.heads) == set(family.tasks)
+        assert family.tiny
+        assert family.model_types
+        assert set(family.heads) == set(family.tasks)
         for task in family.tasks:
             one = tiny(family.model_types[0], task)
             _, spec = spec_from_hf(one.model.config.to_dict(), task, "config.json")
             assert spec.parameters() == sum(p.numel() for p in one.model.parameters())
-            assert replace(spec) == spec and hash(spec) == hash(replace(spec))
+            assert replace(spec) == spec
+            assert hash(spec) == hash(replace(spec))
 
 
 def test_family_of_finds_each_type() -> None:

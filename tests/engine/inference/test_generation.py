@@ -20,7 +20,10 @@ class Letters:
     """A tokenizer whose ids 0 to 25 are letters, 26 a space and 27 to 30 the four bytes of one emoji."""
 
     def decode(self, ids: list[int], **_: Any) -> str:
-        data = b"".join(bytes([97 + i]) if i < 26 else b" " if i == 26 else "\N{GRINNING FACE}".encode()[i - 27 : i - 26] for i in ids)
+        data = b"".join(
+            bytes([97 + i]) if i < 26 else b" " if i == 26 else "\N{GRINNING FACE}".encode()[i - 27 : i - 26]
+            for i in ids
+        )
         return data.decode("utf-8", errors="replace")
 
 
@@ -39,7 +42,8 @@ ROWS = token_rows(160, (9, 1, 14, 3, 6), seed=8)
 
 
 def ids(found: Any) -> list[list[int]]:
-    assert isinstance(found, list) and all(isinstance(one, Generation) for one in found)
+    assert isinstance(found, list)
+    assert all(isinstance(one, Generation) for one in found)
     return [one.token_ids for one in found]
 
 
@@ -79,7 +83,8 @@ def test_end_of_sequence_ends_one_row_and_not_the_others(engine: Engine) -> None
         assert one.token_ids == whole[:upto]
         assert one.finish_reason == ("stop" if eos in whole else "length")
     held = engine.generate(ROWS[0], max_new_tokens=10, eos_token_id=eos, min_new_tokens=8)
-    assert eos not in held.token_ids[:8] and len(held.token_ids) >= 8
+    assert eos not in held.token_ids[:8]
+    assert len(held.token_ids) >= 8
     assert ids(engine.generate(ROWS[:3], max_new_tokens=10, eos_token_id=eos, ignore_eos=True)) == free
 
 
@@ -149,7 +154,9 @@ def test_a_dropped_stream_gives_its_memory_and_its_turn_back(engine: Engine) -> 
 def test_threads_take_turns(engine: Engine) -> None:
     alone = ids(engine.generate(ROWS, max_new_tokens=12))
     found: list[list[list[int]]] = []
-    threads = [threading.Thread(target=lambda: found.append(ids(engine.generate(ROWS, max_new_tokens=12)))) for _ in range(3)]
+    threads = [
+        threading.Thread(target=lambda: found.append(ids(engine.generate(ROWS, max_new_tokens=12)))) for _ in range(3)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -165,7 +172,10 @@ def test_several_engines_live_in_one_process(engine: Engine) -> None:
 
 
 def test_the_budget_is_checked_before_any_work(engine: Engine) -> None:
-    with pytest.raises(EngineError, match=r"prompt 1 has 60 tokens and 20 new ones .* 80 in all, but inference.max_tokens is 64: set inference.max_tokens to at least 80"):
+    with pytest.raises(
+        EngineError,
+        match=r"prompt 1 has 60 tokens and 20 new ones .* 80 in all, but inference.max_tokens is 64: set .* at least 80",
+    ):
         engine.generate([ROWS[0], [5] * 60], max_new_tokens=20)
     with pytest.raises(EngineError, match="the model ends at 128"):
         engine.generate([5] * 120, max_new_tokens=20)
@@ -174,7 +184,12 @@ def test_the_budget_is_checked_before_any_work(engine: Engine) -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "message"),
-    [([], "the batch is empty"), ([[4], []], "sequence 1 is empty"), ([[4, 160]], "token id 160 is outside"), ([[-1]], "token id -1")],
+    [
+        ([], "the batch is empty"),
+        ([[4], []], "sequence 1 is empty"),
+        ([[4, 160]], "token id 160 is outside"),
+        ([[-1]], "token id -1"),
+    ],
 )
 def test_prompts_that_cannot_be(engine: Engine, prompt: Any, message: str) -> None:
     with pytest.raises(EngineError, match=message):
@@ -227,7 +242,13 @@ def test_text_comes_when_it_is_whole() -> None:
 
 def test_what_may_be_a_stop_text_is_held_back() -> None:
     watch = StopText(TEXT, ["bcd"])
-    assert [watch.push(i) for i in (0, 1, 2, 1, 2)] == [("a", False), ("", False), ("", False), ("bc", False), ("", False)]
+    assert [watch.push(i) for i in (0, 1, 2, 1, 2)] == [
+        ("a", False),
+        ("", False),
+        ("", False),
+        ("bc", False),
+        ("", False),
+    ]
     assert watch.push(3) == ("", True)
     ends = StopText(TEXT, ["bcd"])
     assert [ends.push(i)[0] for i in (0, 1)] == ["a", ""]

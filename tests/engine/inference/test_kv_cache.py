@@ -29,7 +29,8 @@ def test_scattered_pages_are_used_when_no_run_is_left() -> None:
     pool.release(held[0])
     pool.release(held[2])
     sequence = pool.allocate(8)
-    assert sequence.pages == [0, 2] and sequence.start is None
+    assert sequence.pages == [0, 2]
+    assert sequence.start is None
     assert sequence.slots(6) == [0, 1, 2, 3, 8, 9]
 
 
@@ -59,5 +60,6 @@ def test_a_view_counts_tokens_and_pads_the_block_table() -> None:
     assert view.slots.tolist() == [0, 1, 2, 3, 4, 5, 12, 13]
     assert view.starts == (0, 12)
     again = pool.view([long, short], [1, 1])
-    assert again.slots.tolist() == [6, 14] and again.lengths == (7, 3)
+    assert again.slots.tolist() == [6, 14]
+    assert again.lengths == (7, 3)
     assert all(a is b for a, b in zip(view.keys, again.keys, strict=True)), "the pools never move"

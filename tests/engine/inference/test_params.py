@@ -75,17 +75,27 @@ def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str) -
 
 
 def test_an_unknown_option_is_named_with_what_is_meant() -> None:
-    with pytest.raises(EngineError, match='unknown option \'temprature\', did you mean "temperature"'):
+    with pytest.raises(EngineError, match="unknown option 'temprature', did you mean \"temperature\""):
         params.option_names(["temprature"])
 
 
 def test_a_generation_config_is_accepted() -> None:
-    config = GenerationConfig(max_new_tokens=4, do_sample=True, temperature=0.5, top_k=3, stop_strings=["x"], eos_token_id=9)
+    config = GenerationConfig(
+        max_new_tokens=4, do_sample=True, temperature=0.5, top_k=3, stop_strings=["x"], eos_token_id=9
+    )
     found = params.resolve(params.from_generation_config(config), fresh_seed=0)
-    assert (found.max_new_tokens, found.temperature, found.top_k, found.stop, found.stop_ids) == (4, 0.5, 3, ("x",), {9})
+    assert (found.max_new_tokens, found.temperature, found.top_k, found.stop, found.stop_ids) == (
+        4,
+        0.5,
+        3,
+        ("x",),
+        {9},
+    )
 
 
-@pytest.mark.parametrize("option", [{"num_beams": 4}, {"no_repeat_ngram_size": 2}, {"bad_words_ids": [[3]]}, {"min_p": 0.1}])
+@pytest.mark.parametrize(
+    "option", [{"num_beams": 4}, {"no_repeat_ngram_size": 2}, {"bad_words_ids": [[3]]}, {"min_p": 0.1}]
+)
 def test_what_is_not_built_is_refused_by_name(option: dict[str, Any]) -> None:
     with pytest.raises(EngineError, match=f"GenerationConfig.{next(iter(option))}: .* is not supported"):
         params.from_generation_config(GenerationConfig(**option))

@@ -100,7 +100,8 @@ def test_hooks_are_called_in_order() -> None:
         "optimizer_step_end",
         "step_end",
     ]
-    assert report.step == 1 and report.metrics == {"recorder/hooks": 13.0}
+    assert report.step == 1
+    assert report.metrics == {"recorder/hooks": 13.0}
 
 
 def test_micro_batches_give_the_gradient_of_the_whole() -> None:
@@ -144,7 +145,8 @@ def test_state_goes_with_the_features_that_saved_it() -> None:
     other = Recorder()
     resumed = Loop(model, sgd(model), squared, (other,))
     resumed.load_state_dict(state)
-    assert resumed.progress.step == 1 and other.seen == recorder.seen
+    assert resumed.progress.step == 1
+    assert other.seen == recorder.seen
     with pytest.raises(EngineError, match=r"state of features \['recorder'\], this run has \['plain'\]"):
         Loop(model, sgd(model), squared, (Plain(),)).load_state_dict(state)
 

@@ -52,7 +52,9 @@ def tensors(one: ModelSpec, tokens: int, dtype: torch.dtype, seed: int = 0) -> t
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("kind", "causal"), [(k, c) for k in KINDS for c in (True, False) if c or "windows" not in KINDS[k]])
+@pytest.mark.parametrize(
+    ("kind", "causal"), [(k, c) for k in KINDS for c in (True, False) if c or "windows" not in KINDS[k]]
+)
 @pytest.mark.parametrize("lengths", [(5, 1, 9, 5), (4, 4), (1,)])
 def test_within_sequences(dtype: torch.dtype, causal: bool, kind: str, lengths: tuple[int, ...]) -> None:
     one = spec(causal=causal, **KINDS[kind])

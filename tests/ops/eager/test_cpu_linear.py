@@ -79,7 +79,8 @@ def test_a_shared_fp32_weight_is_not_copied() -> None:
     weight = noise(64, 32)
     packed = pack_for_cpu(weight, shared=True)
     held = packed.weight if isinstance(packed, Blocked) else packed
-    assert isinstance(held, Tensor) and held.data_ptr() == weight.data_ptr()
+    assert isinstance(held, Tensor)
+    assert held.data_ptr() == weight.data_ptr()
     half = noise(64, 32, dtype=torch.bfloat16)
     assert pack_for_cpu(half, shared=True) is half
 
