@@ -50,9 +50,9 @@ class Console:
             self.write("\n")
 
     def status(self, text: str) -> None:
-        """Redraws the progress line, at most ten times a second."""
+        """Redraws the progress line: after each result, between results at most ten times a second."""
         now = time.monotonic()
-        if not self._live or now < self._next:
+        if not self._live or (self._drawn and now < self._next):
             return
         self._next = now + REFRESH
         columns = shutil.get_terminal_size().columns

@@ -72,6 +72,10 @@ GOLDEN: dict[str, tuple[object, list[str]]] = {
             "without a path or null"
         ],
     ),
+    "directory for a file name": (
+        {"model": {"path": "m", "gguf_file": ".."}},
+        ['$.model.gguf_file: got "..", wanted the name of a file in the model\'s directory, without a path or null'],
+    ),
     "section that is no object": (
         {"model": "gpt2", "inference": [1]},
         [

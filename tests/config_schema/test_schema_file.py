@@ -139,6 +139,7 @@ EDGES += [2**63 - 1, 2**63, 2.0**63, 10**30, 1e30, 1e300, 1.7976931348623157e308
 EDGES += ["", "auto", "true", "1", "cuda\n", "cuda:0\n", "cuda:00", "cpu ", "a/b", "..", "..\n", "\0", "x\0", "cls"]
 EDGES += ["generate", "encode", [], {}, [[]], [""], ["a"], ["a", "b"], [1], [None], {"type": "encode"}, {"type": None}]
 EDGES += [{"path": "m"}, {"type": "encode", "texts": None, "texts_file": None}, [{"role": "user", "content": "a"}]]
+DELETED = object()
 KEYS = ["extra", "$schema", "type", "texts", "texts_file", "prompts", "messages", "path", "top_k", "max_tokens", ""]
 
 
@@ -234,10 +235,13 @@ def test_both_give_the_same_verdict_with_every_edge_in_every_place(job: dict[str
     full = sections | {"job": job}
     verdicts = set()
     for index in range(len(slots_of(full))):
-        for edge in EDGES:
+        for edge in [*EDGES, DELETED]:
             document = copy.deepcopy(full)
             container, slot = slots_of(document)[index]
-            container[slot] = copy.deepcopy(edge)
+            if edge is DELETED:
+                del container[slot]
+            else:
+                container[slot] = copy.deepcopy(edge)
             verdict = pydantic_accepts(document)
             assert verdict == (schema_problems(document) == []), document
             verdicts.add(verdict)

@@ -75,20 +75,13 @@ def test_the_cache_takes_no_more_than_its_share_of_memory(monkeypatch: pytest.Mo
 
 
 def test_precision_on_a_gpu_follows_the_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stored:
-        def __init__(self, dtype: torch.dtype) -> None:
-            self.stored = dtype
-
-        def dtype(self, name: str) -> torch.dtype:
-            return self.stored
-
     config = load_config({"model": {"path": "x"}})
     gpu = torch.device("cuda")
     capability = (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
     def chosen(stored: torch.dtype) -> str:
-        return build._precision(config, gpu, Stored(stored), build._Resolver())  # type: ignore[arg-type]
+        return build._precision(config, gpu, stored, build._Resolver())
 
     assert [chosen(d) for d in (torch.float16, torch.bfloat16, torch.float32)] == ["fp16", "bf16", "bf16"]
     capability = (7, 5)

@@ -44,7 +44,6 @@ if hasattr(Qwen2Config(), "layer_types"):  # older transformers put the window o
     VARIANTS += [
         ("qwen2", "causal_lm", {"max_window_layers": 1, "rope_scaling": None}),
         ("qwen2", "causal_lm", {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
-        ("qwen2", "causal_lm", {"use_sliding_window": False}),
     ]
 
 
