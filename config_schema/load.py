@@ -86,8 +86,9 @@ def _validated(document: Json, findings: list[Finding], source: str | None) -> C
     problems += _rule_problems(valid, invalid)
     if problems:
         raise ConfigError(_first(problems), source)
+    assert config is not None, "what pydantic refuses has a problem"
     disagreement = schema_problems(document)
-    if disagreement or config is None:
+    if disagreement:
         reason = "the checked-in JSON Schema refuses it; run python -m config_schema.generate"
         raise ConfigError([Problem(item.path, f"{item.message} ({reason})") for item in disagreement], source)
     return config

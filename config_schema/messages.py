@@ -46,7 +46,7 @@ def section_findings(
             continue
         for finding in _finding(error, place, document, schema):
             findings.setdefault((finding.location, of_key), finding)
-        for finding in _missing_choices(place, document):
+        for finding in _missing_choices(place, document, known):
             findings.setdefault((finding.location, False), finding)
     return list(findings.values())
 
@@ -160,10 +160,11 @@ def _homes_of(key: str, root: Schema) -> list[str]:
     return homes
 
 
-def _missing_choices(place: _Place, document: Json) -> Iterator[Finding]:
+def _missing_choices(place: _Place, document: Json, known: frozenset[Location]) -> Iterator[Finding]:
     """Objects on the way of an error in which not exactly one of several keys is given.
 
-    Pydantic checks this only after all fields of an object are valid; the user is told at once.
+    Pydantic checks this only after all fields of an object are valid; the user is told at once. A key whose value is
+    known to be wrong is given all the same.
     """
     for location, schema in place.objects:
         if "oneOf" not in schema:
@@ -172,7 +173,8 @@ def _missing_choices(place: _Place, document: Json) -> Iterator[Finding]:
         container = value_at(document, location)
         if not isinstance(container, dict):
             continue
-        reason = exactly_one_of_reason(names, [name for name in names if container.get(name) is not None])
+        given = [name for name in names if container.get(name) is not None or (*location, name) in known]
+        reason = exactly_one_of_reason(names, given)
         if reason:
             yield Finding(location, reason)
 

@@ -79,17 +79,15 @@ class GGUFFile:
     def tensor(self, name: str) -> Tensor:
         """The tensor, dequantized anew at each call, float32."""
         stored = self._stored[name]
-        aside: dict[str, Tensor] = {}
         try:
             weights = self._dequantize(stored.data, stored.tensor_type)
             result = self._processor.process(
                 weights=weights,
                 name=stored.name,
                 tensor_key_mapping=self._names,
-                parsed_parameters={"tensors": aside, "config": self.config},
+                parsed_parameters={"tensors": {}, "config": self.config},
             )
-            # A processor that stores a tensor itself (GPT-2's head) returns no name.
-            tensor = aside[name] if result.name is None else _owned(result.weights)
+            tensor = _owned(result.weights)
         except Exception as error:
             raise CheckpointError(f"{self._path}: {name}: cannot be dequantized: {error!r}") from error
         if tuple(tensor.shape) != self._shapes[name]:

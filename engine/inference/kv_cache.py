@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,9 +51,8 @@ class PagedCache:
         self, spec: ModelSpec, *, pages: int, page_size: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         shape = (pages, page_size, spec.kv_heads, spec.head_dim)
-        # Zeros, not garbage: what lies behind a sequence's end is masked, but NaN times zero is NaN.
-        self.keys = tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(spec.layers))
-        self.values = tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(spec.layers))
+        self.keys = tuple(_zeros(shape, dtype, device) for _ in range(spec.layers))
+        self.values = tuple(_zeros(shape, dtype, device) for _ in range(spec.layers))
         self.page_size = page_size
         self.device = device
         self._free = list(range(pages))
@@ -99,6 +100,18 @@ class PagedCache:
             lengths=tuple(sequence.length for sequence in sequences),
             starts=tuple(sequence.start for sequence in sequences),
         )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, not garbage: what lies behind a sequence's end is masked, but NaN times zero is NaN.
+
+    On a CPU NumPy asks the system for zeroed pages, which cost nothing until a sequence reaches them; ``torch.zeros``
+    would write, and so take, the whole pool at once.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def _first_run(free: Seq[int], need: int) -> int:

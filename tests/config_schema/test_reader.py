@@ -213,7 +213,6 @@ def test_python_values_that_json_lacks() -> None:
         "$.generation.temperature: NaN is not a JSON value; write a number",
         "$.generation.top_p: the number is infinite, or too large",
         "$.generation.seed: the number is too large",
-        '$.job: give exactly one of "texts", "texts_file"; none is there',
         "$.job.texts: a Python set is not a JSON value; write a list",
         "$.job.output: a Python PosixPath is not a JSON value; write str(path)",
         "$.inference.max_tokens: a Python complex is not a JSON value",
@@ -222,7 +221,8 @@ def test_python_values_that_json_lacks() -> None:
         "$.inference.None: the key is not a string but of type NoneType",
         "$.device: \\udc80 is half a character (a lone surrogate); it is not Unicode text",
         "$.zz: a Python set is not a JSON value; write a list",
-        "$.zz: unknown key (allowed: $schema, model, device, precision, kernels, inference, generation, embedding, job)",
+        "$.zz: unknown key (allowed: $schema, model, device, precision, kernels, inference, generation, embedding, "
+        "job)",
     ]
 
 

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 
-from config_schema import SCHEMA_PATH, Config, ConfigError, json_schema, load_config, schema_problems, schema_text
+from config_schema import (
+    SCHEMA_PATH,
+    Config,
+    ConfigError,
+    json_schema,
+    load_config,
+    schema_file,
+    schema_problems,
+    schema_text,
+)
 from config_schema.generate import main
 from config_schema.reader import plain_document
 from tests.config_schema.test_messages import GOLDEN
@@ -279,6 +288,18 @@ def test_whatever_loads_is_read_back_equal(document: dict[str, Any], times: int,
 def test_the_checked_in_schema_is_current() -> None:
     assert json.loads(schema_text()) == json_schema(), "run python -m config_schema.generate"
     assert main(["--check"]) == 0
+
+
+def test_a_stale_schema_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stale = tmp_path / "schema.json"
+    stale.write_text(schema_text().replace('"fp16"', '"fp61"'))
+    monkeypatch.setattr(schema_file, "SCHEMA_PATH", stale)
+    schema_file._validator.cache_clear()
+    try:
+        with pytest.raises(ConfigError, match=r"^\$\.precision: .*refuses it; run python -m config_schema\.generate"):
+            load_config({"model": {"path": "m"}, "precision": "fp16"})
+    finally:
+        schema_file._validator.cache_clear()
 
 
 def test_the_schema_is_valid_itself() -> None:

@@ -1,4 +1,4 @@
-"""The house's rules over source files: each takes sources and gives one line a violation, ``path:line what is wrong``."""
+"""The rules of the house over source files: each takes sources and gives a line a violation, ``path:line what``."""
 
 from __future__ import annotations
 

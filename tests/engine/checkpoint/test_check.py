@@ -62,6 +62,12 @@ def test_a_prefix_is_suggested_before_a_similar_name(tmp_path: Path) -> None:
     assert lines[4].endswith(": layers.0.mlp.bias?")
 
 
+def test_a_prefix_goes_before_a_name_that_looks_more_alike() -> None:
+    source = StateDictSource({"norm.weights": torch.ones(1), "backbone.encoder.norm.weight": torch.ones(1)})
+    with pytest.raises(CheckpointError, match=r"did you mean live model: backbone\.encoder\.norm\.weight\?"):
+        check_tensors(source, {"norm.weight": (1,)})
+
+
 def test_only_surplus_is_suggested(tmp_path: Path) -> None:
     lines = problems({**EXPECTED, "layers.0.mlp.bias2": (3,)}, tmp_path)
     assert lines[1:] == ["  layers.0.mlp.bias2: missing (shape [3])"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -63,3 +66,18 @@ def test_a_view_counts_tokens_and_pads_the_block_table() -> None:
     assert again.slots.tolist() == [6, 14]
     assert again.lengths == (7, 3)
     assert all(a is b for a, b in zip(view.keys, again.keys, strict=True)), "the pools never move"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_large_pool_takes_memory_only_as_it_is_used(dtype: torch.dtype) -> None:
+    """4 GB of pool, of which two pages are touched."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    tokens = 4 * 10**9 // (2 * 2 * spec().kv_size * dtype.itemsize)
+    pool = PagedCache(spec(), pages=tokens // 256, page_size=256, device=torch.device("cpu"), dtype=dtype)
+    pool.keys[1][7].fill_(1)
+    assert float(pool.keys[1][8].abs().max()) == 0 and float(pool.keys[1][7].sum()) > 0
+    assert resident() - before < 50e6
