@@ -98,7 +98,7 @@ def plan(config: Config, *, model: Any = None) -> Plan:
     resolver = _Resolver()
     checkpoint = _live(model) if model is not None else _stored(config)
     family, spec = _facts(config, checkpoint, resolver)
-    source = CanonicalSource(checkpoint.source, family, spec)
+    source = CanonicalSource(checkpoint.source, family, spec, checkpoint.name)
     device = _device(config, resolver)
     precision = _precision(config, device, source.dtype("embed.token.weight"), resolver)
     kernels = _kernels(config, spec, device, DTYPES[precision], resolver)
@@ -158,11 +158,12 @@ def kernel_set(name: str) -> KernelSet:
 
 @dataclass(frozen=True)
 class _Opened:
-    """A checkpoint or a live model, seen alike."""
+    """A checkpoint or a live model, seen alike. ``name`` and ``where`` (of its config) are for messages."""
 
     directory: Path | None
     gguf_file: str | None
     config: Mapping[str, Any]
+    name: str
     where: str
     generation_config: Mapping[str, Any]
     source: WeightSource
@@ -173,7 +174,8 @@ def _stored(config: Config) -> _Opened:
         config.model.path, revision=config.model.revision, gguf_file=config.model.gguf_file
     )
     where = str(found.directory / (found.gguf_file or "config.json"))
-    return _Opened(found.directory, found.gguf_file, found.config, where, found.generation_config, found.source)
+    name = str(found.directory)
+    return _Opened(found.directory, found.gguf_file, found.config, name, where, found.generation_config, found.source)
 
 
 def _live(model: Any) -> _Opened:
@@ -189,6 +191,7 @@ def _live(model: Any) -> _Opened:
         directory,
         None,
         values,
+        type(model).__name__,
         f"{type(model).__name__}.config",
         generation.to_dict() if generation is not None else {},
         StateDictSource(model),

@@ -1,6 +1,5 @@
 """Reading checkpoints by tensor and by row, and saving them so that a crash leaves the old one whole."""
 
-from engine.checkpoint.check import check_tensors
 from engine.checkpoint.directory import Checkpoint, open_checkpoint, open_weights
 from engine.checkpoint.save import save_safetensors
 from engine.checkpoint.sources import FileSource
@@ -10,7 +9,6 @@ __all__ = [
     "Checkpoint",
     "FileSource",
     "StateDictSource",
-    "check_tensors",
     "open_checkpoint",
     "open_weights",
     "save_safetensors",

@@ -33,11 +33,12 @@ class Placed:
 class CanonicalSource:
     """A :class:`WeightSource` of canonical names. Building it checks every tensor's presence and shape at once.
 
-    ``spec`` is the given one, less an encoder's pooler where the checkpoint has none (masked LMs have none).
+    ``where`` is what messages call the checkpoint; ``spec`` is the given one, less an encoder's pooler where the
+    checkpoint has none (masked LMs have none).
     """
 
-    def __init__(self, source: WeightSource, family: Family, spec: ModelSpec) -> None:
-        self._source = source
+    def __init__(self, source: WeightSource, family: Family, spec: ModelSpec, where: str = "the checkpoint") -> None:
+        self._source, self._where = source, where
         self._placed: dict[str, Placed] = {}
         self.spec = _without_missing_pooler(spec, family, set(source.names()))
         self._check(family, self.spec)
@@ -87,7 +88,7 @@ class CanonicalSource:
             if found is None:
                 close = difflib.get_close_matches(candidates[0].tensor, there, n=1, cutoff=0.8)
                 hint = f', is "{close[0]}" meant?' if close else ""
-                problems.append(f"{candidates[0].tensor}: missing{hint}")
+                problems.append(f"{self._where}: {candidates[0].tensor}: missing{hint}")
                 continue
             actual = _logical(self._source.shape(found.tensor), found)
             if actual != shape:
@@ -96,6 +97,10 @@ class CanonicalSource:
                     f"{self._source.locate(found.tensor)}: shape {stored}, but config.json calls for "
                     f"{_stored(shape, found)}"
                 )
+            dtype = self._source.dtype(found.tensor)
+            if not dtype.is_floating_point:
+                where = self._source.locate(found.tensor)
+                problems.append(f"{where}: holds {dtype}, wanted floating point; quantized checkpoints are not read")
             self._placed[name] = found
         problems += self._surplus(family, spec, there, base)
         if problems:

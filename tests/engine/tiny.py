@@ -55,9 +55,6 @@ def tiny(model_type: str, task: Task, **changes: Any) -> Tiny:
             parameter.data.normal_(0, 0.25)
         else:
             parameter.data.add_(torch.randn_like(parameter) * 0.3)
-    for name, parameter in model.named_parameters():
-        if any(part in name for part in ("embed", "wte", "wpe")) and parameter.dim() > 1:
-            parameter.data.mul_(0.02)
     pad = int(values.get("pad_token_id") or 0)
     _scale_outputs(model, model_type, task)
     directory = Path(mkdtemp(prefix=f"{model_type}-", dir=SCRATCH.name))

@@ -141,7 +141,7 @@ def _near_activation(spec: ModelSpec) -> ModelSpec | None:
 
 
 def _eps(spec: ModelSpec) -> ModelSpec:
-    return replace(spec, norm_eps=spec.norm_eps * 10)
+    return replace(spec, norm_eps=spec.norm_eps * 10 + 1e-3)
 
 
 def _rotary(spec: ModelSpec) -> ModelSpec | None:

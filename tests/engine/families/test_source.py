@@ -98,7 +98,12 @@ def _surplus_bias(state: dict[str, Tensor]) -> None:
     state["lm_head.bias"] = torch.zeros(160)
 
 
+def _integers(state: dict[str, Tensor]) -> None:
+    state["model.layers.0.mlp.up_proj.weight"] = torch.zeros(80, 48, dtype=torch.int8)
+
+
 WRONG = [
+    (_integers, r"model\.layers\.0\.mlp\.up_proj\.weight: holds torch\.int8, wanted floating point"),
     (_drop, r"model\.layers\.1\.mlp\.down_proj\.weight: missing"),
     (
         _misspell,
