@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from tqdm import tqdm
 
 from config_schema import Config, load_config
 from engine.checkpoint import Checkpoint, StateDictSource, open_checkpoint
@@ -144,9 +145,10 @@ def preview() -> tuple[Choice, ...]:
 
 
 def runner(plan: Plan) -> Runner:
-    """Reads and packs the weights."""
+    """Reads and packs the weights; a progress bar shows on a terminal where that takes more than a second."""
     kernels = kernel_set(plan.kernels)
-    weights = kernels.pack(plan.spec, plan.source, plan.device, plan.dtype)
+    with tqdm(total=plan.spec.layers, desc="loading", unit="layer", disable=None, delay=1, leave=False) as bar:
+        weights = kernels.pack(plan.spec, plan.source, plan.device, plan.dtype, bar.update)
     return Runner(plan.spec, weights, kernels, plan.device, SingleProcess())
 
 

@@ -142,8 +142,15 @@ class KernelSet(Protocol):
         """Raises :class:`ops.errors.KernelError` with what to set instead, if this set cannot run that model there."""
         ...
 
-    def pack(self, spec: ModelSpec, source: WeightSource, device: torch.device, dtype: torch.dtype) -> ModelWeights:
-        """Weights as this set reads them."""
+    def pack(
+        self,
+        spec: ModelSpec,
+        source: WeightSource,
+        device: torch.device,
+        dtype: torch.dtype,
+        layer_done: Callable[[], object] = lambda: None,
+    ) -> ModelWeights:
+        """Weights as this set reads them; ``layer_done`` is called after each layer."""
         ...
 
     def plan(self, spec: ModelSpec, weights: ModelWeights, bucket: Bucket, collective: Collective) -> StepPlan:

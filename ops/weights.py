@@ -140,7 +140,10 @@ class ModelWeights:
 
 
 class Packer:
-    """Copies canonical weights out of a source into fused tensors, one at a time, so that nothing is resident twice."""
+    """Copies canonical weights out of a source into fused tensors, one at a time, so that nothing is resident twice.
+
+    ``layer_done`` is called after each layer.
+    """
 
     def __init__(
         self,
@@ -149,9 +152,11 @@ class Packer:
         device: torch.device,
         dtype: torch.dtype,
         pack_weight: PackWeight = plain,
+        layer_done: Callable[[], object] = lambda: None,
     ) -> None:
         self.spec, self.source, self.device, self.dtype, self.pack_weight = spec, source, device, dtype, pack_weight
         self.shapes = spec.weight_shapes()
+        self.layer_done = layer_done
         self._room = torch.empty(0, dtype=dtype, device=device)
 
     def pack(self) -> ModelWeights:
@@ -216,6 +221,11 @@ class Packer:
         )
 
     def _layer(self, at: str) -> LayerWeights:
+        layer = self._layer_weights(at)
+        self.layer_done()
+        return layer
+
+    def _layer_weights(self, at: str) -> LayerWeights:
         ffn = (f"{at}.gate", f"{at}.up") if self.spec.gated else (f"{at}.up",)
         return LayerWeights(
             attn_norm=_present(self._norm(f"{at}.attn_norm")),

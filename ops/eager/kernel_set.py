@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate
 
 import torch
@@ -34,9 +35,17 @@ class EagerKernels:
                 f'kernels "eager" compute in fp32, bf16 or fp16, not {dtype}: set "precision" to one of these'
             )
 
-    def pack(self, spec: ModelSpec, source: WeightSource, device: torch.device, dtype: torch.dtype) -> ModelWeights:
+    def pack(
+        self,
+        spec: ModelSpec,
+        source: WeightSource,
+        device: torch.device,
+        dtype: torch.dtype,
+        layer_done: Callable[[], object] = lambda: None,
+    ) -> ModelWeights:
         """Weights in ``dtype`` on ``device``, QKV and gate + up fused."""
-        return Packer(spec, source, device, dtype, pack_for_cpu if device.type == "cpu" else plain).pack()
+        pack_weight = pack_for_cpu if device.type == "cpu" else plain
+        return Packer(spec, source, device, dtype, pack_weight, layer_done).pack()
 
     def plan(self, spec: ModelSpec, weights: ModelWeights, bucket: Bucket, collective: Collective) -> StepPlan:
         """The macro-ops one by one."""

@@ -138,10 +138,8 @@ def _questions() -> list[tuple[str, str]]:
     return [(" ".join(draw.choices(WORDS, k=4)) + "?", " ".join(draw.choices(WORDS, k=n)) + ".") for n in lengths]
 
 
-def _oracle(directory: Path, question: str, context: str, longest: int) -> tuple[float, int, int, int]:
+def _oracle(tokenizer: Any, model: Any, question: str, context: str, longest: int) -> tuple[float, int, int, int]:
     """(score, start, end, window) by trying every span of at most 15 tokens in windows that are cut by hand."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(directory))
-    model = transformers.AutoModelForQuestionAnswering.from_pretrained(str(directory)).eval()
     asked = tokenizer(question, add_special_tokens=False)["input_ids"]
     read = tokenizer(context, add_special_tokens=False, return_offsets_mapping=True)
     ids, spans = read["input_ids"], read["offset_mapping"]
@@ -177,10 +175,12 @@ def _oracle(directory: Path, question: str, context: str, longest: int) -> tuple
 def test_answer_is_the_best_span_of_the_context(saved: Save, model_type: str) -> None:
     directory = saved(model_type, "question_answering")
     engine = _engine(directory)
+    model = transformers.AutoModelForQuestionAnswering.from_pretrained(str(directory)).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(directory))
     windows, words = set(), set()
     for question, context in _questions():
         found = engine.answer(question, context)
-        score, start, end, window = _oracle(directory, question, context, engine.spec.max_positions)
+        score, start, end, window = _oracle(tokenizer, model, question, context, engine.spec.max_positions)
         assert (found.start, found.end) == (start, end), (question, context)
         assert found.score == pytest.approx(score, rel=1e-3)
         assert found.text == context[start:end]
