@@ -10,12 +10,15 @@ from engine.jobs.console import display_width, fit, one_line
 
 WIDTH = 80
 GAP = 2
+#: tabulate makes a column this much wider than its heading.
+HEADING = 2
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequence[int]) -> str:
     """``rows`` under ``headers``, at most WIDTH columns wide: the columns ``texts`` give way, others are numbers."""
     lines = [[one_line(cell) for cell in row] for row in rows]
-    widths = [max(map(display_width, column)) for column in zip(headers, *lines, strict=True)]
+    columns = zip(headers, *lines, strict=True)
+    widths = [max(display_width(header) + HEADING, *map(display_width, column)) for header, *column in columns]
     room = WIDTH - GAP * (len(headers) - 1) - sum(width for at, width in enumerate(widths) if at not in texts)
     for done, at in enumerate(sorted(texts, key=lambda at: widths[at])):
         widths[at] = min(widths[at], room // (len(texts) - done))

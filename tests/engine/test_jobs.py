@@ -78,7 +78,7 @@ def test_several_prompts_come_in_order_under_headings(decoder: Path, tmp_path: P
     job = {"type": "generate", "prompts": prompts, "output": str(output), "stream": stream}
     sections = {"generation": {"max_new_tokens": 5, "ignore_eos": True}, "inference": {"max_batch": 2}}
     out, _ = _run(decoder, job, **sections)
-    heading = "[3/3] Nobody knew where where where where where where where where where..."
+    heading = f"[3/3] {prompts[2]}"[:77] + "..."
     assert out == f"[1/3] The moon is\n{texts[0]}\n\n[2/3] A boat\n{texts[1]}\n\n{heading}\n{texts[2]}\n"
     found = _records(output)
     assert [(x["prompt"], x["text"], len(x["token_ids"])) for x in found] == [
@@ -151,7 +151,7 @@ def test_a_few_texts_come_with_the_matrix_of_their_similarities(encoder: Path, t
         + table(["", "1", "2", "3"], [["1", "1.00", a, b], ["2", a, "1.00", c], ["3", b, c, "1.00"]], [])
         + "\n"
     )
-    assert _masked(err) == "3 texts, 59 tokens, #, #\n"
+    assert _masked(err) == "3 texts, 58 tokens, #, #\n"
     assert [record["text"] for record in _records(output)] == texts
     engine = Engine.from_pretrained(encoder, precision="fp32", device="cpu")
     torch.testing.assert_close(vectors, engine.encode(texts))
@@ -229,8 +229,9 @@ GOLDEN: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "answer": (
         {"type": "answer", "questions": [{"question": LONG, "context": "The cat sat on the mat."}]},
-        "question                                        answer        score    characters\n"
-        "----------------------------------------------  ----------  -------  ------------\n",
+        "question                                       answer        score    characters\n"
+        "---------------------------------------------  ----------  -------  ------------\n"
+        "a text that goes on and on and never comes...  on the mat   0.1235         12-22\n",
         "1 question\n",
     ),
     "fill_mask": (
@@ -284,7 +285,7 @@ def test_columns_of_text_share_what_numbers_leave() -> None:
     drawn = table(["a", "n", "b"], [["x" * 200, "7", "y" * 200], ["x", "8", "y"]], [0, 2])
     widths = [len(line) for line in drawn.splitlines()]
     assert max(widths) == 80
-    assert drawn.splitlines()[1].split() == ["-" * 37, "-" * 3, "-" * 36]
+    assert [len(part) for part in drawn.splitlines()[1].split()] == [36, 3, 37]
 
 
 @pytest.mark.parametrize(
@@ -379,7 +380,7 @@ def test_progress_stands_below_the_unfinished_line_and_leaves_no_trace(
         console.write(text[start : start + 3])
         console.status(f"{start} tokens")
         shown = [line for line in seen() if line]
-        if console._column % 20 not in (0, 19):
+        if not console._column or console._column % 20 not in (0, 19):
             assert shown[-1] == f"{start} tokens"
             shown.pop()
         plain = Screen(rows, 20)

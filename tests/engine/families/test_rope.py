@@ -29,7 +29,7 @@ SCALINGS: list[dict[str, Any] | None] = [
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048},
     {
         "rope_type": "yarn",
-        "factor": 16.0,
+        "factor": 2.0,
         "original_max_position_embeddings": 4096,
         "beta_fast": 24.0,
         "beta_slow": 2.0,
