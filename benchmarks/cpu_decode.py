@@ -37,7 +37,7 @@ def main() -> None:
     rows = []
     for precision in options.precisions:
         engine = Engine.from_pretrained(options.model, precision=precision, device="cpu")
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=DTYPES[precision]).eval()
+        model = AutoModelForCausalLM.from_pretrained(options.model).to(DTYPES[precision]).eval()
         ids = torch.randint(engine.spec.vocab_size, (1, options.prompt), generator=torch.Generator().manual_seed(0))
 
         def ours(count: int, engine: Engine = engine, row: torch.Tensor = ids[0]) -> None:

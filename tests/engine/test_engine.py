@@ -140,7 +140,7 @@ def test_minilm_embeds_as_sentence_transformers_would(minilm_dir: Path) -> None:
 def test_smollm2_says_what_hugging_face_says(smollm2_dir: Path) -> None:
     engine = Engine.from_pretrained(smollm2_dir, device="cpu", precision="fp32")
     tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
-    model = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(smollm2_dir).float().eval()
     messages = [{"role": "user", "content": "Name three colours."}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     batch = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
