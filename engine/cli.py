@@ -42,12 +42,12 @@ examples:
     "run": """\
 examples:
   slipstream run my.json
-  slipstream run my.json --set job.prompts.0="The moon is" --set generation.seed=1
+  slipstream run my.json --set job.prompts.0="Hello" --set generation.seed=1
   slipstream run my.json --dry-run       is all well? reads no weights
   slipstream run my.json > texts.txt     results alone; progress stays on stderr
 
 The smallest file that generates text:
-  {"model": {"path": "DIRECTORY"}, "job": {"type": "generate", "prompts": ["Hi"]}}
+  {"model": {"path": "DIR"}, "job": {"type": "generate", "prompts": ["Hi"]}}
 """,
     "validate": """\
 examples:
@@ -194,7 +194,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.dry_run:
         spec = plan.spec
         task = spec.head.task if spec.head is not None else "embedding"
-        model = f"{plan.family.name} {task}, {spec.parameters() / 1e6:.1f} M parameters"
+        model = f"{plan.family.name} {task}, {spec.parameters():,} parameters"
         dtype = next(name for name, dtype in build.DTYPES.items() if dtype == plan.dtype)
         print(f"{options.config}: ready: {job.type} with {model}, on {plan.device}, {dtype}, {plan.kernels} kernels")
         return 0

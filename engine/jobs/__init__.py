@@ -61,6 +61,12 @@ def check(job: Job, plan: Plan) -> None:
     own = plan.spec.head.task if plan.spec.head is not None else "embedding"
     wanted = JOBS[job.type].task
     if own == wanted:
+        new = plan.config.generation.max_new_tokens or 0
+        if job.type == "generate" and new >= plan.max_tokens:
+            raise EngineError(
+                f"$.generation.max_new_tokens: {new} new tokens and a prompt do not fit $.inference.max_tokens, which "
+                f"is {plan.max_tokens} (this model ends at {plan.spec.max_positions}): lower it"
+            )
         return
     what = f'$.job.type: "{job.type}" needs $.model.task "{wanted}", but this {plan.family.name} checkpoint is "{own}"'
     if wanted in plan.family.tasks:
