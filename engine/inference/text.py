@@ -33,12 +33,18 @@ class Text:
 
         extra = {"gguf_file": self._gguf_file} if self._gguf_file else {}
         try:
-            return AutoTokenizer.from_pretrained(str(self._directory), trust_remote_code=False, **extra)
+            tokenizer = AutoTokenizer.from_pretrained(str(self._directory), trust_remote_code=False, **extra)
         except Exception as error:  # transformers raises many kinds; the directory is what the user can act on
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(
                 f"{self._directory}: no usable tokenizer here ({reason}); token ids still work"
             ) from error
+        # Newer transformers make an empty tokenizer of a known class where its files are missing.
+        if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+            raise CheckpointError(
+                f"{self._directory}: no tokenizer here (tokenizer.json): fetch it as well; token ids still work"
+            )
+        return tokenizer
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text`` with the tokenizer's special tokens."""

@@ -35,10 +35,11 @@ class Console:
         if not text:
             return
         self._erase()
+        _, newline, tail = text.rpartition("\n")
+        # Before the text goes out: an interrupt right behind it must find that a line is unfinished.
+        self._column = display_width(tail) + (0 if newline else self._column)
         self.out.write(text.translate(CONTROLS) if self._shown else text)
         self.out.flush()
-        _, newline, tail = text.rpartition("\n")
-        self._column = display_width(tail) + (0 if newline else self._column)
 
     def line(self, text: str = "") -> None:
         """Shows a whole line of a result."""

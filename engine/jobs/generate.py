@@ -81,17 +81,18 @@ def run(engine: Engine, job: GenerateJob, console: Console) -> None:
     read = sum(len(row.prompt) for row in rows)
     with results(job.output) as write:
         watch = Stopwatch()
-        console.status(f"reading {read} prompt tokens")
+        console.status(f"reading {read} prompt {_tokens(read)}")
         screen = _Screen(rows, console, write, stream=job.stream)
         for piece in engine.generate([row.prompt for row in rows], stream=True):
             watch.tick(first_of_row=not rows[piece.index].tokens)
             screen.push(piece)
-            console.status(f"{watch.tokens} tokens, {watch.rate:.1f} tokens/s{screen.progress}")
-    new = "token" if watch.tokens == 1 else "tokens"
-    console.note(
-        f"{read} prompt tokens, {watch.tokens} new {new}, {watch.first - watch.begun:.2f} s to the first, "
-        f"{watch.rate:.1f} tokens/s"
-    )
+            console.status(f"{watch.tokens} {_tokens(watch.tokens)}, {watch.rate:.1f} tokens/s{screen.progress}")
+    counts = f"{read} prompt {_tokens(read)}, {watch.tokens} new {_tokens(watch.tokens)}"
+    console.note(f"{counts}, {watch.first - watch.begun:.2f} s to the first, {watch.rate:.1f} tokens/s")
+
+
+def _tokens(count: int) -> str:
+    return "token" if count == 1 else "tokens"
 
 
 def _rows(engine: Engine, job: GenerateJob) -> list[Row]:

@@ -8,8 +8,10 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ import torch
 from config_schema import load_config
 from engine import Engine, jobs
 from engine.errors import EngineError
+from engine.inference.generation import Piece
 from engine.inference.tasks import Answer, Fill, Label, TokenLabel
 from engine.jobs.console import Console, display_width, fit
 from engine.jobs.files import read_lines, results
@@ -101,6 +104,47 @@ def test_a_chat_goes_through_the_template_and_logprobs_are_written(decoder: Path
     assert all(math.isclose(x["logprob"], x["top"][0][1], abs_tol=1e-5) for x in found["logprobs"])
 
 
+class Scripted:
+    """Stands where an engine stands and generates pieces in the order that a test wants, with a clock that it moves."""
+
+    def __init__(self, pieces: Sequence[tuple[float, Piece]], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pieces, self.now = pieces, 100.0
+        self.text = SimpleNamespace(encode=lambda prompt: [1] * len(prompt))
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def generate(self, prompts: Sequence[Sequence[int]], *, stream: bool) -> Iterator[Piece]:
+        assert stream
+        for seconds, piece in self.pieces:
+            self.now += seconds
+            yield piece
+
+
+def test_rows_that_end_early_wait_for_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the summary counts what comes behind each prompt's first token."""
+    pieces = [
+        (2.0, Piece(0, 5, "a")),
+        (0.0, Piece(1, 5, "x\n", finish_reason="stop")),
+        (0.0, Piece(2, 5, "u")),
+        (0.5, Piece(0, 5, "")),
+        (0.0, Piece(2, 5, "v", finish_reason="length")),
+        (0.5, Piece(0, 5, "b", finish_reason="length")),
+        (1.0, Piece(3, 5, "z", finish_reason="length")),
+    ]
+    config = load_config({"model": {"path": "x"}, "job": {"type": "generate", "prompts": ["p", "qq", "r", "s"]}})
+    out, err = io.StringIO(), io.StringIO()
+    jobs.run(Scripted(pieces, monkeypatch), jobs.prepare(config), out, err)  # type: ignore[arg-type]
+    assert out.getvalue() == "[1/4] p\nab\n\n[2/4] qq\nx\n\n[3/4] r\nuv\n\n[4/4] s\nz\n"
+    assert err.getvalue() == "5 prompt tokens, 7 new tokens, 2.00 s to the first, 1.5 tokens/s\n"
+
+
+def test_one_token_alone_has_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config({"model": {"path": "x"}, "job": {"type": "generate", "prompts": ["p"]}})
+    out, err = io.StringIO(), io.StringIO()
+    engine = Scripted([(0.5, Piece(0, 5, "a", finish_reason="stop"))], monkeypatch)
+    jobs.run(engine, jobs.prepare(config), out, err)  # type: ignore[arg-type]
+    assert err.getvalue() == "1 prompt token, 1 new token, 0.50 s to the first, 2.0 tokens/s\n"
+
+
 def test_an_interrupt_leaves_the_cursor_on_a_new_line_and_no_file(
     decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,7 +180,8 @@ def test_an_interrupt_leaves_the_cursor_on_a_new_line_and_no_file(
 def test_a_few_texts_come_with_the_matrix_of_their_similarities(encoder: Path, tmp_path: Path) -> None:
     texts = ["The cat sat on the mat.", "A\ttext on\ntwo lines", "very long " * 20]
     output = tmp_path / "out.jsonl"
-    out, err = _run(encoder, {"type": "encode", "texts": texts, "output": str(output)})
+    job = {"type": "encode", "texts": texts, "output": str(output)}
+    out, err = _run(encoder, job, embedding={"batch_size": 2})
     vectors = torch.tensor([record["vector"] for record in _records(output)])
     unit = torch.nn.functional.normalize(vectors, dim=-1)
     a, b, c = (f"{float(unit[i] @ unit[j]):>5.2f}" for i, j in ((0, 1), (0, 2), (1, 2)))

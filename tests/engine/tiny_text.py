@@ -104,7 +104,8 @@ def bpe_tokenizer() -> Any:
         vocab_size=320, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    # Transformers warns of texts longer than model_max_length; the command line must not show that.
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", model_max_length=16)
 
 
 def _randomize(model: Any) -> None:
