@@ -20,6 +20,7 @@ INSTALL_REQUIRES = [
     "tabulate>=0.9",
     "nvidia-ml-py>=12.560",
     "tqdm>=4.66",
+    "wcwidth>=0.2",  # tabulate pads wide characters right only with it
 ]
 
 GGUF = ["gguf>=0.10", "accelerate>=1.0"]

@@ -17,6 +17,10 @@ LOAD = """
 import json, sys, threading, time
 import torch, engine.engine, transformers, safetensors
 from engine import Engine
+model = {"path": sys.argv[1]}
+if sys.argv[3]:
+    import gguf, transformers.modeling_gguf_pytorch_utils, transformers.models.llama.modeling_llama
+    model["gguf_file"] = sys.argv[3]
 def private():
     total = 0
     mapped = False
@@ -34,7 +38,7 @@ def watch():
         peak = max(peak, private()); time.sleep(0.002)
 thread = threading.Thread(target=watch); thread.start()
 start = time.perf_counter()
-engine = Engine.from_pretrained(sys.argv[1], precision=sys.argv[2], device="cpu")
+engine = Engine({"model": model, "precision": sys.argv[2], "device": "cpu"})
 took = time.perf_counter() - start
 done = True; thread.join()
 weights = engine.spec.parameters() * engine.plan.dtype.itemsize
@@ -47,6 +51,7 @@ def main() -> None:
     arguments = parser("start-up times and loading memory")
     arguments.add_argument("model", help="directory of a checkpoint, best of 500 MB or more")
     arguments.add_argument("config", help="a config to validate")
+    arguments.add_argument("--gguf", default="", help="name of a GGUF file in the directory, to load instead")
     options = arguments.parse_args()
     commands = {
         "import engine; Engine": [sys.executable, "-c", "from engine import Engine"],
@@ -63,9 +68,9 @@ def main() -> None:
     for precision in ("fp32", "bf16"):
         runs = [
             json.loads(
-                subprocess.check_output([sys.executable, "-c", LOAD, options.model, precision], text=True).splitlines()[
-                    -1
-                ]
+                subprocess.check_output(
+                    [sys.executable, "-c", LOAD, options.model, precision, options.gguf], text=True
+                ).splitlines()[-1]
             )
             for _ in range(3)
         ]

@@ -236,7 +236,7 @@ class Engine:
             rows = Rows([self.text.chat(messages)], single=True)
         else:
             rows = Rows([self.text.chat(chat) for chat in messages])
-        self._runner().check_ids(rows.ids)
+        self._runner().check_ids(rows.ids, "prompt")
         return rows
 
     def _sampling(self, options: Mapping[str, Any], generation_config: Any, longest: int) -> params.SamplingParams:

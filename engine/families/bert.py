@@ -75,9 +75,9 @@ def encoder_spec(config: HFConfig, head: HeadSpec, *, family: str, offset: int =
     )
 
 
-def encoder_head(config: HFConfig, task: Task) -> HeadSpec:
+def encoder_head(config: HFConfig, task: Task, activation: str = "hidden_act") -> HeadSpec:
     """Heads as BERT and RoBERTa have them: a tanh pooler on the first token, plain projections, the masked LM's
-    transform."""
+    transform, whose activation the config names under the key ``activation``."""
     labels = config.labels()
     if task == "embedding":
         return HeadSpec(task=task, outputs=0, first_token=True, dense=True, activation="tanh")
@@ -97,7 +97,7 @@ def encoder_head(config: HFConfig, task: Task) -> HeadSpec:
             task=task,
             outputs=config.get(int, "vocab_size"),
             dense=True,
-            activation=config.activation("hidden_act", "gelu"),
+            activation=config.activation(activation, "gelu"),
             norm=True,
             bias=True,
             tied=config.tied(True),

@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from engine.families.base import Family, HFConfig
-from engine.families.bert import TASKS
+from engine.families.bert import TASKS, encoder_head
 from ops.spec import HeadSpec, LearnedPositions, ModelSpec, Task
 
 
 def _head(config: HFConfig, task: Task) -> HeadSpec | None:
-    labels = config.labels()
+    """BERT's heads, but for the pooler, which is missing, and the classifier's ReLU."""
     if task == "embedding":
         return None
-    if task == "sequence_classification":
-        return HeadSpec(
-            task=task,
-            outputs=len(labels),
-            first_token=True,
-            dense=True,
-            activation="relu",
-            bias=True,
-            labels=labels,
-            scores=config.scores(),
-        )
-    if task == "masked_lm":
-        return HeadSpec(
-            task=task,
-            outputs=config.get(int, "vocab_size", 30522),
-            dense=True,
-            activation=config.activation("activation", "gelu"),
-            norm=True,
-            bias=True,
-            tied=config.tied(True),
-        )
-    return HeadSpec(task=task, outputs=len(labels) if task == "token_classification" else 2, bias=True, labels=labels)
+    head = encoder_head(config, task, activation="activation")
+    return replace(head, activation="relu") if task == "sequence_classification" else head
 
 
 def spec(config: HFConfig, task: Task) -> ModelSpec:

@@ -43,7 +43,7 @@ def _windows(config: HFConfig, layers: int) -> tuple[int | None, ...]:
     window = config.get(int, "window_size", 256)
     pattern = config.values.get("attention_types") or [[["global", "local"], layers // 2]]
     kinds = config.values.get("attention_layers") or [kind for group, times in pattern for kind in list(group) * times]
-    if len(kinds) != layers or not set(kinds) <= {"global", "local"}:
+    if len(kinds) != layers or any(kind not in ("global", "local") for kind in kinds):
         raise CheckpointError(
             f'{config.where}: attention_types: gives {kinds} for {layers} layers of "global" or "local"'
         )

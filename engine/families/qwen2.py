@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from engine.errors import CheckpointError
 from engine.families.base import Family, HFConfig
 from engine.families.llama import FAMILY as LLAMA
-from engine.families.rope import rotary_from_hf
-from ops.spec import HeadSpec, ModelSpec, Task
+from engine.families.llama import spec as llama_spec
+from ops.spec import ModelSpec, Task
 
 
 def spec(config: HFConfig, task: Task) -> ModelSpec:
-    """The facts of a ``Qwen2Config``."""
-    hidden, heads = config.get(int, "hidden_size", 4096), config.get(int, "num_attention_heads", 32)
-    head_dim = config.get(int, "head_dim", hidden // heads)
-    max_positions, vocab = config.get(int, "max_position_embeddings", 32768), config.get(int, "vocab_size", 151936)
-    layers = config.get(int, "num_hidden_layers", 32)
-    return ModelSpec(
-        family="qwen2",
-        vocab_size=vocab,
-        hidden=hidden,
-        layers=layers,
-        heads=heads,
-        kv_heads=config.get(int, "num_key_value_heads", heads),
-        head_dim=head_dim,
-        ffn=config.get(int, "intermediate_size", 22016),
-        activation=config.activation("hidden_act", "silu"),
-        gated=True,
-        norm="rmsnorm",
-        norm_eps=config.get(float, "rms_norm_eps", 1e-6),
-        placement="pre",
-        positions=rotary_from_hf(config, head_dim, max_positions),
-        max_positions=max_positions,
-        attention_scale=head_dim**-0.5,
-        windows=_windows(config, layers),
-        causal=True,
-        qkv_bias=True,
-        final_norm=True,
-        head=HeadSpec(task=task, outputs=vocab, tied=config.tied(False)),
-    )
+    """The facts of a ``Qwen2Config``: Llama's, but for the biases and the windows."""
+    llama = llama_spec(config, task)
+    windows = _windows(config, llama.layers)
+    return replace(llama, family="qwen2", windows=windows, qkv_bias=True, out_bias=False, ffn_bias=False)
 
 
 def _windows(config: HFConfig, layers: int) -> tuple[int | None, ...]:

@@ -98,20 +98,21 @@ class Runner:
         assert result.outputs is not None
         return result.outputs
 
-    def check_ids(self, rows: Iterable[Seq[int]]) -> None:
-        """Raises if a row is empty, longer than the model's positions, or holds an id outside the vocabulary."""
+    def check_ids(self, rows: Iterable[Seq[int]], what: str = "sequence") -> None:
+        """Raises if a row is empty, longer than the model's positions, or holds an id outside the vocabulary; messages
+        call the rows ``what``."""
         for index, row in enumerate(rows):
             if not row:
-                raise EngineError(f"sequence {index} is empty: give at least one token")
+                raise EngineError(f"{what} {index} is empty: give at least one token")
             if len(row) > self.spec.max_positions:
                 raise EngineError(
-                    f"sequence {index} has {len(row)} tokens, this model takes {self.spec.max_positions}: shorten it"
+                    f"{what} {index} has {len(row)} tokens, this model takes {self.spec.max_positions}: shorten it"
                 )
             low, high = min(row), max(row)
             if low < 0 or high >= self.spec.vocab_size:
                 wrong = low if low < 0 else high
                 raise EngineError(
-                    f"sequence {index}: token id {wrong} is outside the vocabulary of {self.spec.vocab_size}"
+                    f"{what} {index}: token id {wrong} is outside the vocabulary of {self.spec.vocab_size}"
                 )
 
     def _tensor(self, values: list[int]) -> Tensor:

@@ -184,7 +184,7 @@ def test_requests_beyond_the_model_name_the_numbers(config: Path, capsys: pytest
         assert shown.err.count("\n") == 1
         return shown.err.removeprefix("slipstream: error: ").strip()
 
-    assert "sequence 0 has 12" in error("job.prompts.0=" + "moon " * 120)
+    assert "prompt 0 has 12" in error("job.prompts.0=" + "moon " * 120)
     assert error("generation.max_new_tokens=95") == (
         "prompt 0 has 3 tokens and 95 new ones are asked for, 98 in all, but inference.max_tokens is 96: "
         "the model ends at 96, or ask for fewer with max_new_tokens"

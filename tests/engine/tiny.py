@@ -44,44 +44,38 @@ def family_of(model_type: str) -> Family:
 def tiny(model_type: str, task: Task, **changes: Any) -> Tiny:
     """A checkpoint of ``model_type`` with every weight, bias and norm random and outputs of a standard deviation near
     2."""
-    values = dict(family_of(model_type).tiny) | changes
+    family = family_of(model_type)
+    values = dict(family.tiny) | changes
     if task == "question_answering":
         values["num_labels"] = 2
     config = transformers.AutoConfig.for_model(model_type, **values)
     torch.manual_seed(11)
     model = getattr(transformers, AUTO_CLASSES[task]).from_config(config, attn_implementation="eager").float().eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.normal_(0, 0.25)
-        else:
+    embeddings = tuple(f"{family.prefix}{family.body.get(name)}." for name in ("embed.token", "embed.position"))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
             parameter.data.add_(torch.randn_like(parameter) * 0.3)
+            continue
+        parameter.data.normal_(0, 0.25)
+        if task == "causal_lm" and name.startswith(embeddings):
+            parameter.data.mul_(0.02)  # a small stream in the first layers, so that a wrong eps of a norm shows
     pad = int(values.get("pad_token_id") or 0)
-    _scale_outputs(model, model_type, task)
+    _scale_outputs(model, family, task)
     directory = Path(mkdtemp(prefix=f"{model_type}-", dir=SCRATCH.name))
     model.save_pretrained(directory)
     return Tiny(directory, model, model.config.vocab_size, pad)
 
 
-def _scale_outputs(model: Any, model_type: str, task: Task) -> None:
+def _scale_outputs(model: Any, family: Family, task: Task) -> None:
     """Scales what stands last (a norm, or the output projection) so that the outputs have a standard deviation of 2."""
-    outputs = reference(model, token_rows(model.config.vocab_size), task)
-    factor = 2 / float(outputs.std())
     if task == "embedding":
         return
-    named = dict(model.named_parameters())
-    last = [name for name in named if any(part in name for part in LAST[task])]
-    for name in last:
-        named[name].data.mul_(factor)
-
-
-#: What to scale, by task: parameters whose scale is the outputs' scale.
-LAST: dict[Task, tuple[str, ...]] = {
-    "causal_lm": ("ln_f.", "model.norm.", "final_layer_norm.", "final_layernorm."),
-    "sequence_classification": ("classifier.weight", "classifier.out_proj.", "classifier.bias"),
-    "token_classification": ("classifier.",),
-    "question_answering": ("qa_outputs.",),
-    "masked_lm": ("transform.LayerNorm", "lm_head.layer_norm", "vocab_layer_norm"),
-}
+    last = family.heads[task]["head.norm" if task == "masked_lm" else "head.out"] if task != "causal_lm" else None
+    name = last or f"{family.prefix}{family.body['final_norm']}"
+    factor = 2 / float(reference(model, token_rows(model.config.vocab_size), task).std())
+    for leaf, parameter in model.named_parameters():
+        if leaf.startswith(f"{name}."):
+            parameter.data.mul_(factor)
 
 
 def token_rows(vocab_size: int, lengths: tuple[int, ...] = LENGTHS, seed: int = 5) -> list[list[int]]:

@@ -141,7 +141,8 @@ def _near_activation(spec: ModelSpec) -> ModelSpec | None:
 
 
 def _eps(spec: ModelSpec) -> ModelSpec:
-    return replace(spec, norm_eps=spec.norm_eps * 10 + 1e-3)
+    """Twice the eps; more where post-norm keeps the stream so large that no usual eps shows."""
+    return replace(spec, norm_eps=spec.norm_eps * 2 if spec.causal else spec.norm_eps + 1e-3)
 
 
 def _rotary(spec: ModelSpec) -> ModelSpec | None:

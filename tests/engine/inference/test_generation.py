@@ -186,7 +186,7 @@ def test_the_budget_is_checked_before_any_work(engine: Engine) -> None:
     ("prompt", "message"),
     [
         ([], "the batch is empty"),
-        ([[4], []], "sequence 1 is empty"),
+        ([[4], []], "prompt 1 is empty"),
         ([[4, 160]], "token id 160 is outside"),
         ([[-1]], "token id -1"),
     ],

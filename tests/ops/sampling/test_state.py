@@ -83,7 +83,9 @@ def test_observe_marks_the_prompt_without_padding_and_without_foreign_ids() -> N
 
 
 def test_observe_without_a_penalty_does_nothing() -> None:
-    SamplingState.create(1, 6).observe(torch.tensor([[1, 2]]))
+    state = SamplingState.create(1, 6)
+    state.observe(torch.tensor([[1, 2]]))
+    assert state.seen is None
 
 
 def test_advance_counts_and_remembers_in_place() -> None:
