@@ -414,6 +414,10 @@ def endless(tmp_path: Path) -> Path:
     return write_config(tmp_path / "c.json", model, job=job, **sections)
 
 
+def _heed_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _start(config: Path, repository: Path) -> subprocess.Popen[bytes]:
     """The process, once its first text has come."""
     process = subprocess.Popen(
@@ -422,6 +426,8 @@ def _start(config: Path, repository: Path) -> subprocess.Popen[bytes]:
         stderr=subprocess.PIPE,
         bufsize=0,
         env={**os.environ, "PYTHONPATH": str(repository)},
+        # A shell starts background jobs with Ctrl-C ignored, and the suite may be one; a user's terminal does not.
+        preexec_fn=_heed_ctrl_c,
     )
     assert process.stdout is not None
     assert process.stdout.read(1)
