@@ -18,3 +18,6 @@ class Embedding(Section):
 
     batch_size: Count = 32
     """Texts that run at a time."""
+
+    truncate: bool = False
+    """Cut texts that are longer than the model's positions; false refuses them."""

@@ -161,7 +161,7 @@ class Engine:
 
         Defaults come from the section ``embedding``, where ``"auto"`` follows the checkpoint.
         """
-        rows = rows_from(texts, self.text)
+        rows = self.embedding_rows(texts)
         vectors = list(self.encode_stream(rows, pooling=pooling, normalize=normalize, batch_size=batch_size))
         return vectors[0][0] if rows.single else torch.cat(vectors)
 
@@ -174,15 +174,22 @@ class Engine:
         batch_size: int | None = None,
     ) -> Iterator[Tensor]:
         """As :meth:`encode`, batch by batch."""
-        task = self.spec.head.task if self.spec.head is not None else "embedding"
-        if task != "embedding":
-            raise EngineError(f'encode needs an encoder, but $.model.task is {task}: set it to "embedding"')
-        rows = texts if isinstance(texts, Rows) else rows_from(texts, self.text)
-        size = batch_size or self.config.embedding.batch_size
+        rows = texts if isinstance(texts, Rows) else self.embedding_rows(texts)
+        size = self.config.embedding.batch_size if batch_size is None else batch_size
         chosen = pooling or self._plan.pooling
+        if size < 1 or chosen not in ("mean", "cls"):
+            raise EngineError(f'encode: got pooling={chosen!r}, batch_size={size}; wanted "mean" or "cls", at least 1')
         unit = self._plan.normalize if normalize is None else normalize
         with torch.inference_mode():
             yield from encoder.embed(self._runner(), rows, chosen, unit, size)
+
+    def embedding_rows(self, texts: Any) -> Rows:
+        """What :meth:`encode` reads of ``texts``: token ids, cut at the model's positions if ``embedding.truncate``."""
+        task = self.spec.head.task if self.spec.head is not None else "embedding"
+        if task != "embedding":
+            raise EngineError(f'encode needs an encoder, but $.model.task is {task}: set it to "embedding"')
+        limit = self.spec.max_positions if self.config.embedding.truncate else None
+        return rows_from(texts, self.text, limit=limit)
 
     def classify(self, texts: Any, *, top_k: int = 1) -> list[list[tasks.Label]]:
         """The ``top_k`` likeliest labels of each text or (text, text) pair."""

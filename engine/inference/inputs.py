@@ -4,7 +4,7 @@ shape."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,16 +42,18 @@ class Rows:
         return out
 
 
-def rows_from(batch: Any, text: Text, *, attention_mask: Any = None, token_type_ids: Any = None) -> Rows:
+def rows_from(
+    batch: Any, text: Text, *, attention_mask: Any = None, token_type_ids: Any = None, limit: int | None = None
+) -> Rows:
     """Rows from a text, a list of texts, (text, text) pairs, token ids, a padded tensor with its mask, or a
-    BatchEncoding."""
+    BatchEncoding. ``limit`` cuts texts at so many tokens, special tokens kept; ids are taken as they are."""
     if isinstance(batch, Mapping):
         if "input_ids" not in batch:
             raise EngineError(f"a batch needs input_ids, got {', '.join(map(str, batch))}")
         mask, types = batch.get("attention_mask", attention_mask), batch.get("token_type_ids", token_type_ids)
         return rows_from(batch["input_ids"], text, attention_mask=mask, token_type_ids=types)
     if isinstance(batch, str):
-        return Rows([text.encode(batch)], single=True)
+        return replace(_from_texts([batch], text, limit), single=True)
     if isinstance(batch, Tensor):
         return _from_tensor(batch, attention_mask, token_type_ids)
     if not isinstance(batch, Sequence):
@@ -59,9 +61,9 @@ def rows_from(batch: Any, text: Text, *, attention_mask: Any = None, token_type_
     if not batch:
         raise EngineError("the batch is empty: give at least one sequence")
     if all(isinstance(item, str) for item in batch):
-        return _from_texts(list(batch), text)
+        return _from_texts(list(batch), text, limit)
     if all(isinstance(item, tuple) and len(item) == 2 and all(isinstance(t, str) for t in item) for item in batch):
-        return _from_texts(list(batch), text)
+        return _from_texts(list(batch), text, limit)
     if attention_mask is not None or token_type_ids is not None:
         return _from_tensor(torch.as_tensor(batch), attention_mask, token_type_ids)
     if all(_is_id(item) for item in batch):
@@ -75,8 +77,9 @@ def _is_id(item: Any) -> bool:
     return isinstance(item, int) and not isinstance(item, bool)
 
 
-def _from_texts(items: list[Any], text: Text) -> Rows:
-    encoded = text.tokenizer(items)
+def _from_texts(items: list[Any], text: Text, limit: int | None) -> Rows:
+    cut = {} if limit is None else {"truncation": True, "max_length": limit}
+    encoded = text.tokenizer(items, **cut)
     types = encoded.get("token_type_ids")
     return Rows([list(row) for row in encoded["input_ids"]], None if types is None else [list(row) for row in types])
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from config_schema.job import EncodeJob
-from engine.inference.inputs import rows_from
 from engine.jobs.console import Console
 from engine.jobs.files import results
 from engine.jobs.tables import table
@@ -28,7 +27,7 @@ def run(engine: Engine, job: EncodeJob, console: Console) -> None:
     """Encodes every text in batches; shows the texts with their similarities, or how their vectors begin."""
     assert job.texts is not None
     texts = list(job.texts)
-    rows = rows_from(texts, engine.text)
+    rows = engine.embedding_rows(texts)
     tokens = sum(len(row) for row in rows.ids)
     begun, done, vectors = time.perf_counter(), 0, []
     with results(job.output) as write:

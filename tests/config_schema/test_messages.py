@@ -42,7 +42,9 @@ GOLDEN: dict[str, tuple[object, list[str]]] = {
     ),
     "key in another case": (
         with_model(embedding={"Pooling": "cls"}),
-        ['$.embedding.Pooling: unknown key, did you mean "pooling"? (allowed: pooling, normalize, batch_size)'],
+        [
+            '$.embedding.Pooling: unknown key, did you mean "pooling"? (allowed: pooling, normalize, batch_size, truncate)'
+        ],
     ),
     "key that is no identifier": (
         with_model(**{"a b\n\x1b": 1}),

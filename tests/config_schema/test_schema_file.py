@@ -118,6 +118,7 @@ VALID = section(
                 "pooling": st.sampled_from(["auto", "mean", "cls"]),
                 "normalize": st.booleans() | st.just("auto"),
                 "batch_size": COUNTS,
+                "truncate": st.booleans(),
             },
         ),
         "job": or_null(job_strategies()),

@@ -137,6 +137,20 @@ def test_minilm_embeds_as_sentence_transformers_would(minilm_dir: Path) -> None:
     assert bool((lengths - 1).abs().min() > 0.1)
 
 
+def test_long_texts_are_refused_or_cut_as_the_config_says(minilm_dir: Path) -> None:
+    long = "word " * 600
+    with pytest.raises(EngineError, match="sequence 1 has 602 tokens, this model takes 512"):
+        Engine.from_pretrained(minilm_dir, device="cpu").encode(["short", long])
+    cutting = Engine.from_pretrained(minilm_dir, device="cpu", embedding={"truncate": True})
+    assert torch.allclose(cutting.encode(long), cutting.encode("word " * 510), atol=1e-6), (
+        "the last token is still [SEP]"
+    )
+    with pytest.raises(EngineError, match="got pooling='max'"):
+        cutting.encode("x", pooling="max")  # type: ignore[arg-type]
+    with pytest.raises(EngineError, match="batch_size=0"):
+        cutting.encode("x", batch_size=0)
+
+
 def test_smollm2_says_what_hugging_face_says(smollm2_dir: Path) -> None:
     engine = Engine.from_pretrained(smollm2_dir, device="cpu", precision="fp32")
     tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)

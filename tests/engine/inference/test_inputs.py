@@ -15,9 +15,7 @@ from engine.inference.text import Text
 class Words:
     """A tokenizer of whole words."""
 
-    def __call__(self, texts: Any) -> dict[str, Any]:
-        if isinstance(texts, str):
-            return {"input_ids": [len(word) for word in texts.split()]}
+    def __call__(self, texts: list[Any]) -> dict[str, Any]:
         rows = [(" ".join(t) if isinstance(t, tuple) else t) for t in texts]
         return {"input_ids": [[len(word) for word in row.split()] for row in rows]}
 
