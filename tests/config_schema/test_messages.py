@@ -43,7 +43,10 @@ GOLDEN: dict[str, tuple[object, list[str]]] = {
     "key in another case": (
         with_model(embedding={"Pooling": "cls"}),
         [
-            '$.embedding.Pooling: unknown key, did you mean "pooling"? (allowed: pooling, normalize, batch_size, truncate)'
+            (
+                '$.embedding.Pooling: unknown key, did you mean "pooling"? '
+                "(allowed: pooling, normalize, batch_size, truncate)"
+            ),
         ],
     ),
     "key that is no identifier": (
