@@ -7,8 +7,10 @@ processors and calls them one tensor at a time, when the tensor is read.
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,21 @@ from torch import Tensor
 
 from engine.checkpoint.files import read_head, what_it_is
 from engine.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor's blocks lie in the file. gguf's own record would keep the whole parsed metadata alive."""
+
+    name: str
+    kind: Any
+    offset: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    def blocks(self, path: Path) -> np.ndarray[Any, Any]:
+        """The tensor as it is stored, mapped."""
+        return np.memmap(path, self.dtype, "r", self.offset, self.shape)
 
 
 class GGUFFile:
@@ -36,6 +53,7 @@ class GGUFFile:
         self._path = path
         with _one_line(path):
             self._open()
+        gc.collect()  # the parsed vocabulary is tens of megabytes, and some of it hangs in cycles
 
     def _open(self) -> None:
         import gguf
@@ -56,12 +74,16 @@ class GGUFFile:
         # transformers passes the processor since 4.52
         arguments = (model, self._processor) if "processor" in inspect.signature(names).parameters else (model,)
         self._names: dict[str, str] = names(*arguments)
-        self._stored = {self._names.get(tensor.name, tensor.name): tensor for tensor in file.tensors}
         expected = model.state_dict()
-        self._shapes = {
-            name: tuple(expected[name].shape) if name in expected else tuple(map(int, reversed(tensor.shape)))
-            for name, tensor in self._stored.items()
-        }
+        self._stored: dict[str, _Stored] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for tensor in file.tensors:
+            name, data = self._names.get(tensor.name, tensor.name), tensor.data
+            self._stored[name] = _Stored(
+                tensor.name, tensor.tensor_type, int(tensor.data_offset), data.dtype, tuple(map(int, data.shape))
+            )
+            own = tuple(map(int, reversed(tensor.shape)))
+            self._shapes[name] = tuple(expected[name].shape) if name in expected else own
 
     def names(self) -> Collection[str]:
         """Hugging Face's names of the tensors, in the order of the file."""
@@ -80,7 +102,7 @@ class GGUFFile:
         """The tensor, dequantized anew at each call, float32."""
         stored = self._stored[name]
         try:
-            weights = self._dequantize(stored.data, stored.tensor_type)
+            weights = self._dequantize(stored.blocks(self._path), stored.kind)
             result = self._processor.process(
                 weights=weights,
                 name=stored.name,
