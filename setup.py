@@ -20,6 +20,7 @@ INSTALL_REQUIRES = [
     "tabulate>=0.9",
     "nvidia-ml-py>=12.560",
     "tqdm>=4.66",
+    "triton>=3.6; sys_platform == 'linux'",  # CUDA builds of torch bring their own; its CPU builds bring none
     "wcwidth>=0.2",  # tabulate pads wide characters right only with it
 ]
 
@@ -35,6 +36,7 @@ TEST = [
     "import-linter>=2.3",
     "psutil>=5.9",
     "setuptools>=77",
+    "triton==3.6.*; sys_platform == 'linux'",
     "numpy<2.4",  # Triton's interpreter, with which kernels are tested without a GPU, does not know numpy 2.4
 ]
 

@@ -40,7 +40,8 @@ class CacheView:
     keys, values: per layer [pages, page_size, kv_heads, head_dim].
     block_table:  [B, pages a sequence] int32 on the device: the pages of each sequence, in order.
     slots:        [T] int64: the flat slot (page * page_size + offset) of each new token.
-    lengths:      per sequence, tokens in the cache once this step's are appended.
+    context:      [B] int32 on the device: per sequence, tokens in the cache once this step's are appended.
+    lengths:      the same on the host; in a captured step, where it changes from replay to replay, an upper bound.
     starts:       per sequence, the flat slot of its first token where its pages are consecutive, else None.
     """
 
@@ -48,6 +49,7 @@ class CacheView:
     values: tuple[Tensor, ...]
     block_table: Tensor
     slots: Tensor
+    context: Tensor
     lengths: tuple[int, ...]
     starts: tuple[int | None, ...]
 
@@ -62,6 +64,7 @@ class StepInputs:
     token_types: [T] int64 or None.
     cache:       where keys and values are kept, or None for an encoder.
     rows:        [R] int64: the tokens whose hidden states reach the head, or None for all.
+    checked:     whether ids and types are known to lie inside their tables; if not, the plan guards them.
     memo:        what launches derive from the inputs once a step and share (rotary angles, masks).
     """
 
@@ -71,6 +74,7 @@ class StepInputs:
     token_types: Tensor | None = None
     cache: CacheView | None = None
     rows: Tensor | None = None
+    checked: bool = True
     memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
@@ -78,8 +82,8 @@ class StepInputs:
 class Stream:
     """The residual stream: a raw sum and the norm that its consumer applies as it reads (norms belong to the consumer).
 
-    A producer never normalizes: that would need whole rows at the end of a GEMM, and be wrong before a tensor-parallel
-    reduce. ``memo`` keeps the normed value where a post-norm model needs it twice.
+    A producer's GEMM never normalizes: that would need whole rows at its end, and be wrong before a tensor-parallel
+    reduce. ``memo`` keeps the normed value where it is needed twice, or where a launch behind the reduce has computed it.
     """
 
     raw: Tensor
@@ -119,10 +123,15 @@ class StepResult:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """An ordered list of launches for the steps of one bucket."""
+    """An ordered list of launches for the steps of one bucket.
+
+    ``guards`` says of which steps it takes ids that are not ``checked``: it reads nothing outside the tables, waits for
+    the device and raises :class:`ops.errors.IdError`.
+    """
 
     bucket: Bucket
     launches: Sequence[Launch] = field(repr=False)
+    guards: Callable[[StepInputs], bool] = field(default=lambda inputs: False, repr=False)
 
     def run(self, inputs: StepInputs) -> StepResult:
         """Runs every launch in order."""
@@ -131,6 +140,49 @@ class StepPlan:
             launch.run(state)
         assert state.hidden is not None
         return StepResult(state.hidden, state.outputs)
+
+
+@dataclass(frozen=True)
+class DecodeState:
+    """Where a batch of sequences stands, in static device buffers: what a captured or resident decode step reads.
+
+    tokens:      [R] int64, each row's newest token, not yet in the cache.
+    positions:   [R] int64, its place in the sequence (the number of tokens in the cache).
+    block_table: [R, pages a sequence] int32. Rows that only fill up the batch point at the cache's scratch page.
+    keys, values: the cache's pools, as in :class:`CacheView`.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    block_table: Tensor
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch, those that only fill it up included."""
+        return self.tokens.shape[0]
+
+
+class Decoder(Protocol):
+    """Decode steps for the rows of one :class:`DecodeState`; enqueues work and never waits for the device."""
+
+    def logits(self, longest: int) -> Tensor:
+        """One step: appends ``tokens`` to the cache and gives the logits [R, vocabulary] behind them.
+
+        The result is overwritten by the next step. Changes neither ``tokens`` nor ``positions``: choosing is the
+        sampler's part. ``longest`` bounds the rows' tokens, the new one included. Can be captured in a CUDA graph, which
+        then serves while that bound holds.
+        """
+        ...
+
+    def greedy(self, out: Tensor) -> bool:
+        """As many steps as ``out`` [steps, R] int64 has rows, each taking the first largest logit.
+
+        ``out`` gets the tokens, or ``~token`` where the largest logit is not finite; ``tokens`` and ``positions`` move
+        along. Returns False, having done nothing, if this decoder leaves the choice to the sampler.
+        """
+        ...
 
 
 class KernelSet(Protocol):
@@ -155,4 +207,10 @@ class KernelSet(Protocol):
 
     def plan(self, spec: ModelSpec, weights: ModelWeights, bucket: Bucket, collective: Collective) -> StepPlan:
         """The launches of one step. ``collective`` reduces the partial sums of macro-ops 3 and 5."""
+        ...
+
+    def decoder(
+        self, spec: ModelSpec, weights: ModelWeights, state: DecodeState, collective: Collective
+    ) -> Decoder | None:
+        """Steps that need nothing from the host, or None if this set can only run plans."""
         ...

@@ -44,17 +44,19 @@ class PagedCache:
     """Pools of keys and values per layer, [pages, page_size, kv_heads, head_dim], and who holds which page.
 
     Memory is reserved at once and never moves, so that captured graphs stay valid while sequences grow. A sequence gets
-    consecutive pages where there are enough, which lets the ``eager`` set read it as a view; else any free ones.
+    consecutive pages where there are enough, which lets the ``eager`` set read it as a view; else any free ones. One
+    page more than asked for, ``scratch``, belongs to no sequence: rows of a batch that only fill up a bucket write there.
     """
 
     def __init__(
         self, spec: ModelSpec, *, pages: int, page_size: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        shape = (pages, page_size, spec.kv_heads, spec.head_dim)
+        shape = (pages + 1, page_size, spec.kv_heads, spec.head_dim)
         self.keys = tuple(_zeros(shape, dtype, device) for _ in range(spec.layers))
         self.values = tuple(_zeros(shape, dtype, device) for _ in range(spec.layers))
         self.page_size = page_size
         self.device = device
+        self.scratch = pages
         self._free = list(range(pages))
 
     @property
@@ -97,6 +99,7 @@ class PagedCache:
             values=self.values,
             block_table=_on_device(table, torch.int32, self.device),
             slots=_on_device(slots, torch.int64, self.device),
+            context=_on_device([sequence.length for sequence in sequences], torch.int32, self.device),
             lengths=tuple(sequence.length for sequence in sequences),
             starts=tuple(sequence.start for sequence in sequences),
         )

@@ -16,7 +16,7 @@ from ops.eager.functional import ACTIVATIONS, norm, rotate
 from ops.eager.linear import linear
 from ops.errors import KernelError
 from ops.macro_ops import walk
-from ops.plan import Bucket, StepInputs, StepPlan, Stream
+from ops.plan import Bucket, DecodeState, StepInputs, StepPlan, Stream
 from ops.spec import LearnedPositions, ModelSpec, RotaryPositions
 from ops.weights import Embeddings, HeadWeights, LayerWeights, Linear, ModelWeights, Norm, Packer, WeightSource, plain
 
@@ -50,6 +50,9 @@ class EagerKernels:
     def plan(self, spec: ModelSpec, weights: ModelWeights, bucket: Bucket, collective: Collective) -> StepPlan:
         """The macro-ops one by one."""
         return StepPlan(bucket, walk(spec, weights, self, collective))
+
+    def decoder(self, spec: ModelSpec, weights: ModelWeights, state: DecodeState, collective: Collective) -> None:
+        """None: this set reads lengths on the host."""
 
     # The macro-ops (ops/macro_ops.py says what each must give)
 

@@ -1,0 +1,277 @@
+"""The persistent decode kernel (``ops/csrc/persistent_decode.cu``): compiled by NVRTC through CuPy for one model and batch.
+
+One launch computes a whole decode step, or several: every block stays on its multiprocessor, a warp of it streams the
+weights through shared memory without ever waiting for the phase that uses them, and blocks hand each other small vectors
+through L2. The file says how; this module decides the sizes, compiles, and keeps the buffers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ops.errors import KernelError
+from ops.plan import DecodeState
+from ops.quantization.tensor import QuantizedTensor
+from ops.spec import Activation, ALiBiPositions, LearnedPositions, ModelSpec, RotaryPositions
+from ops.weights import LayerWeights, Linear, ModelWeights, Norm
+
+SOURCES = (
+    "primitives.cuh", "persistent_common.cuh", "persistent_gemm.cuh", "persistent_attention.cuh", "persistent_decode.cu"
+)  # fmt: skip
+ACTIVATIONS: dict[Activation, int] = {"gelu": 0, "gelu_tanh": 1, "quick_gelu": 2, "relu": 3, "silu": 4, "tanh": 5}
+#: Batches it is compiled for; a batch between two of them takes the larger.
+ROWS = (1, 2, 4, 8, 16)
+#: Up to this batch, words carry flags instead of a barrier of all blocks after each phase.
+FLAGGED_BATCH = 2
+MAX_SPLITS = 16
+STAGE_BYTES = 18432
+FEWEST_STAGES = 4
+THREADS = 384
+WARPS, GROUP_ROWS = 8, 32
+#: Pointers before the layers' in the kernel's table, and of each layer (the enums of persistent_common.cuh).
+POINTERS, LAYER_POINTERS = 21, 15
+SHARED_LIMIT = 232448
+
+
+def unsupported(spec: ModelSpec, weights: ModelWeights | None, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the kernel cannot run this model, in one line, or None."""
+    head = spec.head
+    linears = [] if weights is None else [getattr(layer, name) for layer in weights.layers for name in LINEARS]
+    reasons = {
+        f"it computes in fp16 or bf16, not {dtype}": dtype not in (torch.float16, torch.bfloat16),
+        "it needs an NVIDIA GPU of compute capability 9.0 or newer": device.type != "cuda"
+        or torch.cuda.get_device_capability(device) < (9, 0),
+        "it needs CuPy: install slipstream's extra cuda13 or cuda12": importlib.util.find_spec("cupy") is None,
+        "it computes causal language models whose norms stand before each half": not spec.causal
+        or spec.placement != "pre"
+        or not spec.final_norm
+        or head is None
+        or head.task != "causal_lm",
+        "norms of queries and keys, of embeddings, or projected embeddings are not built in": spec.qk_norm
+        or spec.embedding_norm
+        or spec.embedding_size is not None
+        or spec.token_types > 0,
+        f"head size {spec.head_dim} is not a multiple of 8 up to 256": spec.head_dim % 8 != 0 or spec.head_dim > 256,
+        f"hidden {spec.hidden} and feed-forward {spec.ffn} are not multiples of 8": bool(spec.hidden % 8 or spec.ffn % 8),
+        "quantized weights are not supported yet": any(isinstance(one.weight, QuantizedTensor) for one in linears),
+        "its table of layers does not fit shared memory": spec.layers > 256,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+LINEARS = ("qkv", "out", "up", "down")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a block divides its shared memory, in bytes.
+
+    stages: of the ring of weights. staged: for a phase's x. own: rows of the residual stream that a block computes.
+    direct: the down projection reads its x from L2, because [rows, ffn] does not fit.
+    flagged: words carry flags.
+    """
+
+    stages: int
+    staged: int
+    own: int
+    direct: bool
+    flagged: bool
+    total: int
+
+    @classmethod
+    def of(cls, spec: ModelSpec, rows: int, blocks: int) -> Layout:
+        """The layout for a batch of ``rows``. Raises :class:`KernelError` if not even a short ring would fit."""
+
+        def staged(k: int) -> int:
+            return rows * (-(-k // 32) * 64 + 64)
+
+        sharing = min(4, spec.heads // spec.kv_heads)
+        attention = WARPS * sharing * (spec.head_dim + 2) * 4
+        needed = max(staged(spec.hidden), staged(spec.q_size), attention)
+        down = staged(spec.ffn)
+        flagged = rows <= FLAGGED_BATCH and down <= 98304
+        direct = not flagged and down > 90112
+        x = -(-max(needed, 0 if direct else down) // 128) * 128
+        own = -(-spec.hidden // blocks) + 1
+        fixed = x + (2 if rows <= 4 else 1) * WARPS * rows * GROUP_ROWS * 4
+        if isinstance(spec.positions, RotaryPositions):
+            fixed += rows * spec.positions.dim * 4
+        fixed += (1 if spec.norm == "rmsnorm" else 2) * spec.hidden * 4
+        fixed += (2 * own + (spec.q_size + 2 * spec.kv_size) // blocks + 2 * spec.ffn // blocks + 32) * 4
+        fixed += (POINTERS + spec.layers * LAYER_POINTERS) * 8 + rows * own * 4 + WARPS * 8 + rows * 16 + 1024
+        stages = min((SHARED_LIMIT - fixed) // (STAGE_BYTES + 16), 12)
+        if stages < FEWEST_STAGES:
+            raise KernelError(f"the persistent kernel's shared memory does not hold {rows} rows of {spec.hidden}")
+        return cls(stages, x, own, direct, flagged, fixed + stages * (STAGE_BYTES + 16))
+
+
+def blocks_for(spec: ModelSpec, device: torch.device) -> int:
+    """One block a multiprocessor; fewer where some would own no row of a phase (they would have nothing to wait for)."""
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    units = (spec.hidden, spec.ffn // 2, (spec.q_size + 2 * spec.kv_size) // 2, spec.vocab_size)
+    return min(count, 256, *units)
+
+
+def macros(
+    spec: ModelSpec, rows: int, layout: Layout, blocks: int, page_size: int, dtype: torch.dtype
+) -> dict[str, str]:
+    """What the CUDA source calls this model."""
+    rotary = spec.positions if isinstance(spec.positions, RotaryPositions) else None
+    learned = spec.positions if isinstance(spec.positions, LearnedPositions) else None
+    integers = {
+        "BF16": int(dtype == torch.bfloat16), "M": rows, "LAYERS": spec.layers, "HIDDEN": spec.hidden, "FFN": spec.ffn,
+        "HEADS": spec.heads, "KV_HEADS": spec.kv_heads, "HEAD_DIM": spec.head_dim, "VOCAB": spec.vocab_size,
+        "GATED": int(spec.gated), "RMS_NORM": int(spec.norm == "rmsnorm"), "LEARNED_POSITIONS": int(learned is not None),
+        "POSITION_OFFSET": learned.offset if learned else 0, "ROTARY_DIM": rotary.dim if rotary else 0,
+        "ROTARY_INTERLEAVED": int(rotary.interleaved) if rotary else 0, "ALIBI": int(isinstance(spec.positions, ALiBiPositions)),
+        "ACTIVATION": ACTIVATIONS[spec.activation], "PAGE_SIZE": page_size, "MAX_SPLITS": MAX_SPLITS, "BLOCKS": blocks,
+        "FLAGGED_BATCH": FLAGGED_BATCH if layout.flagged else 0, "STAGE_BYTES": STAGE_BYTES, "STAGES": layout.stages,
+        "STAGED_BYTES": layout.staged, "OWN_ROWS": layout.own, "DOWN_DIRECT": int(layout.direct),
+        "DIRECT_COLUMNS": 1024 if rows <= 8 else 512,
+    }  # fmt: skip
+    floats = {
+        "NORM_EPS": spec.norm_eps, "EMBEDDING_SCALE": spec.embedding_scale, "ROTARY_FACTOR": rotary.factor if rotary else 1.0,
+        "ATTENTION_SCALE": spec.attention_scale, "ATTENTION_SOFTCAP": spec.attention_softcap or 0.0,
+        "FINAL_SOFTCAP": spec.final_softcap or 0.0,
+    }  # fmt: skip
+    return {**{k: str(v) for k, v in integers.items()}, **{k: f"{float(v)!r}f" for k, v in floats.items()}}
+
+
+@cache
+def source() -> str:
+    """The CUDA source in one piece."""
+    folder = Path(__file__).parent.parent / "csrc"
+    return "\n".join((folder / name).read_text("utf-8").replace("#pragma once", "") for name in SOURCES)
+
+
+def compile_kernel(defines: dict[str, str], shared: int) -> Any:
+    """The kernel for these macros, on the current device; NVRTC's work is cached on disk by CuPy."""
+    import cupy
+
+    text = "".join(f"#define {name} {value}\n" for name, value in defines.items()) + source()
+    try:
+        module = cupy.RawModule(code=text, options=("--std=c++17",), enable_cooperative_groups=True)
+        kernel = module.get_function("persistent_decode")
+        kernel.max_dynamic_shared_size_bytes = shared
+    except (cupy.cuda.compiler.CompileException, cupy.cuda.driver.CUDADriverError, OSError) as error:
+        raise KernelError(f'the persistent kernel does not compile here ({str(error)[:300]}): set "kernels" to "generic"') from error
+    return kernel
+
+
+class PersistentDecoder:
+    """Decode steps of one model for the rows of one :class:`DecodeState`, all in one kernel."""
+
+    def __init__(self, spec: ModelSpec, weights: ModelWeights, state: DecodeState) -> None:
+        """Compiles the kernel (seconds, the first time). Raises :class:`KernelError` if it cannot serve."""
+        self.state = state
+        device, dtype = state.keys[0].device, state.keys[0].dtype
+        reason = unsupported(spec, weights, dtype, device)
+        if reason is not None or state.rows not in ROWS:
+            raise KernelError(f'the persistent kernel cannot run this: {reason or f"{state.rows} rows"}; set "kernels" to "generic"')
+        self.blocks = blocks_for(spec, device)
+        self.layout = Layout.of(spec, state.rows, self.blocks)
+        with torch.cuda.device(device):
+            self._kernel = compile_kernel(macros(spec, state.rows, self.layout, self.blocks, state.keys[0].shape[1], dtype), self.layout.total)
+        self.device = device
+        self._logits = torch.zeros(state.rows, spec.vocab_size, dtype=torch.float32, device=device)
+        self._nothing = torch.zeros(1, state.rows, dtype=torch.int64, device=device)
+        self._buffers = _exchange(spec, state.rows, self.blocks, device)
+        constants = _constants(spec, device)
+        self._kept = (weights, constants)  # the table holds their addresses
+        chosen = _table(spec, weights, state, self._buffers, constants, None)
+        full = _table(spec, weights, state, self._buffers, constants, self._logits)
+        self._tables = {True: chosen.to(device), False: full.to(device)}
+
+    def logits(self, longest: int) -> Tensor:
+        """One step: [rows, vocabulary] fp32. Any context that the block table holds is served."""
+        self._launch(self._nothing, greedy=False)
+        return self._logits
+
+    def greedy(self, out: Tensor) -> bool:
+        """``len(out)`` steps in one launch."""
+        self._launch(out, greedy=True)
+        return True
+
+    def _launch(self, out: Tensor, *, greedy: bool) -> None:
+        import cupy
+
+        table = self._tables[greedy]
+        with cupy.cuda.Device(self.device.index), cupy.cuda.ExternalStream(torch.cuda.current_stream(self.device).cuda_stream):
+            arguments = (table.data_ptr(), out.data_ptr(), cupy.int32(out.shape[0]), cupy.int32(greedy))
+            self._kernel((self.blocks,), (THREADS,), arguments, shared_mem=self.layout.total)
+
+
+def _exchange(spec: ModelSpec, rows: int, blocks: int, device: torch.device) -> dict[str, Tensor]:
+    """Buffers that blocks hand each other: 8 bytes a value, so that each has room for its flag."""
+    sizes = {
+        "STREAM": rows * spec.hidden,
+        "HIDDEN_ACT": rows * spec.ffn,
+        "QUERIES": rows * spec.q_size,
+        "NEW_KV": rows * 2 * spec.kv_size,
+        "PARTIALS": rows * spec.heads * MAX_SPLITS * (spec.head_dim + 2),
+        "BEST": rows * blocks * 2,
+        "FLAGS": blocks,
+        "EPOCH": 1,
+    }
+    return {name: torch.zeros(size, dtype=torch.int64, device=device) for name, size in sizes.items()}
+
+
+def _constants(spec: ModelSpec, device: torch.device) -> dict[str, Tensor]:
+    found = {}
+    if isinstance(spec.positions, RotaryPositions):
+        found["INV_FREQ"] = torch.tensor(spec.positions.inv_freq, dtype=torch.float32, device=device)
+    if isinstance(spec.positions, ALiBiPositions):
+        found["SLOPES"] = torch.tensor(spec.positions.slopes, dtype=torch.float32, device=device)
+    return found
+
+
+def _table(
+    spec: ModelSpec,
+    weights: ModelWeights,
+    state: DecodeState,
+    buffers: dict[str, Tensor],
+    constants: dict[str, Tensor],
+    logits: Tensor | None,
+) -> Tensor:
+    """The kernel's pointers, in the order of the enums in persistent_common.cuh."""
+    head = weights.head
+    assert head is not None
+    assert head.out is not None
+    entries = [weights.embed.token, weights.embed.position, *_norm(weights.final_norm), *_linear(head.out)]
+    entries += [state.block_table, state.tokens, state.positions, constants.get("INV_FREQ"), constants.get("SLOPES"), logits]
+    entries += [buffers[name] for name in ("STREAM", "HIDDEN_ACT", "QUERIES", "NEW_KV", "PARTIALS", "BEST", "FLAGS", "EPOCH")]
+    words = [_address(entry) for entry in entries] + [state.block_table.shape[1]]
+    assert len(words) == POINTERS
+    for index, layer in enumerate(weights.layers):
+        words += _layer(layer, state.keys[index], state.values[index]) + [spec.window(index) or 0]
+    assert len(words) == POINTERS + len(weights.layers) * LAYER_POINTERS
+    return torch.tensor(words, dtype=torch.int64)
+
+
+def _layer(layer: LayerWeights, keys: Tensor, values: Tensor) -> list[int]:
+    parts = [*_norm(layer.attn_norm), *_linear(layer.qkv), *_linear(layer.out), *_norm(layer.ffn_norm)]
+    return [_address(part) for part in [*parts, *_linear(layer.up), *_linear(layer.down), keys, values]]
+
+
+def _norm(norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if norm is None else (norm.weight, norm.bias)
+
+
+def _linear(linear: Linear) -> tuple[Tensor, Tensor | None]:
+    assert isinstance(linear.weight, Tensor)
+    return linear.weight, linear.bias
+
+
+def _address(tensor: Tensor | None) -> int:
+    if tensor is None:
+        return 0
+    assert tensor.is_contiguous()
+    assert tensor.data_ptr() % 16 == 0, "bulk copies and vector loads need 16-byte addresses"
+    return tensor.data_ptr()
