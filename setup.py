@@ -25,9 +25,11 @@ INSTALL_REQUIRES = [
 ]
 
 GGUF = ["gguf>=0.10", "accelerate>=1.0"]
+REPORT = ["matplotlib>=3.8"]  # charts of `slipstream bench`
 
 TEST = [
     *GGUF,
+    *REPORT,
     "pytest>=8.2",
     "pytest-xdist>=3.6",
     "pytest-timeout>=2.3",
@@ -37,6 +39,7 @@ TEST = [
     "psutil>=5.9",
     "setuptools>=77",
     "triton==3.6.*; sys_platform == 'linux'",
+    "nvidia-cuda-nvrtc-cu12>=12.4; sys_platform == 'linux'",  # compiles the CUDA C++ kernels without a GPU
     "numpy<2.4",  # Triton's interpreter, with which kernels are tested without a GPU, does not know numpy 2.4
 ]
 
@@ -63,7 +66,7 @@ setup(
     packages=find_packages(include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]),
     package_data={
         **{name: ["py.typed"] for name in ("engine", "profiler")},
-        "ops": ["py.typed", "csrc/*.cu", "csrc/*.cuh"],
+        "ops": ["py.typed", "csrc/*.cu", "csrc/*.cuh", "gemm/tuned/*.json"],
         "config_schema": ["py.typed", "schema/*.json"],
         "sample_configs": ["*.json"],
     },
@@ -73,6 +76,7 @@ setup(
         "cuda12": ["cupy-cuda12x>=13.4"],
         "cuda13": ["cupy-cuda13x>=13.6"],
         "gguf": GGUF,
+        "report": REPORT,
         "test": TEST,
         "dev": DEV,
     },
