@@ -48,8 +48,8 @@ class Config(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Data type of weights and activations; "auto" chooses by checkpoint and device."""
 
-    kernels: Literal["auto", "eager"] = "auto"
-    """Kernel set; "eager" is plain PyTorch."""
+    kernels: Literal["auto", "eager", "generic", "specialized"] = "auto"
+    """Kernel set: "eager" is plain PyTorch, "generic" cuBLAS and Triton, "specialized" fuses deeper than that."""
 
     inference: Inference = Field(default_factory=Inference)
     """Sizes that bound what runs at a time."""

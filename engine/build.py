@@ -31,8 +31,14 @@ log = logging.getLogger("slipstream.build")
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-#: Kernel sets by name: module and class, imported when chosen.
-KERNEL_SETS: Mapping[str, tuple[str, str]] = {"eager": ("ops.eager.kernel_set", "EagerKernels")}
+#: Kernel sets by name: module and class, imported when chosen. The fastest stands last.
+KERNEL_SETS: Mapping[str, tuple[str, str]] = {
+    "eager": ("ops.eager.kernel_set", "EagerKernels"),
+    "generic": ("ops.generic.kernel_set", "GenericKernels"),
+    "specialized": ("ops.specialized.kernel_set", "SpecializedKernels"),
+}
+#: Sets of GPU kernels. On a CPU they run, if at all, in Triton's interpreter, for tests: "auto" never means that.
+GPU_SETS = frozenset({"generic", "specialized"})
 
 #: The share of the free memory that the KV cache may claim where inference.max_tokens is "auto".
 CACHE_SHARE = 0.5
@@ -153,9 +159,16 @@ def runner(plan: Plan) -> Runner:
 
 
 def kernel_set(name: str) -> KernelSet:
-    """The kernel set of that name."""
+    """The kernel set of that name. Raises :class:`KernelError` where a package that it is written in is missing."""
     module, cls = KERNEL_SETS[name]
-    return cast(KernelSet, getattr(importlib.import_module(module), cls)())
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] != "triton":
+            raise
+        remedy = 'pip install triton, or set "kernels" to "eager"'
+        raise KernelError(f'kernels "{name}" need triton, which is not installed: {remedy}') from None
+    return cast(KernelSet, getattr(found, cls)())
 
 
 @dataclass(frozen=True)
@@ -252,8 +265,10 @@ def _kernels(config: Config, spec: ModelSpec, device: torch.device, dtype: torch
         kernel_set(config.kernels).assert_supports(spec, device, dtype)
         return config.kernels
     refusals = []
-    for name in reversed(list(KERNEL_SETS)):  # the fastest set stands last
+    for name in reversed(list(KERNEL_SETS)):
         try:
+            if name in GPU_SETS and device.type != "cuda":
+                raise KernelError(f"it needs a CUDA GPU, the device is {device.type}")
             kernel_set(name).assert_supports(spec, device, dtype)
         except KernelError as error:
             refusals.append(f"{name}: {error}")

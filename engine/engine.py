@@ -17,7 +17,7 @@ from engine import build
 from engine.errors import EngineError
 from engine.inference import encoder, params, tasks
 from engine.inference.generation import Generation, Generator, Logprob, Piece
-from engine.inference.inputs import Rows, rows_from
+from engine.inference.inputs import Rows, flat_from, rows_from
 from engine.inference.kv_cache import PagedCache
 from engine.inference.runner import Runner
 from engine.inference.text import Message, Text
@@ -106,9 +106,11 @@ class Engine:
         ``batch``: a text, texts, (text, text) pairs, token ids, lists of them, a padded tensor [B, S] with its
         ``attention_mask``, or a tokenizer's BatchEncoding. Outputs follow the padding; padded places are zero.
         """
-        rows = rows_from(batch, self.text, attention_mask=attention_mask, token_type_ids=token_type_ids)
+        beside = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        runner = self._runner()
         with torch.inference_mode():
-            return encoder.forward(self._runner(), rows)
+            flat = flat_from(batch, runner.weights.embed.token.device, **beside)
+            return encoder.forward(runner, rows_from(batch, self.text, **beside) if flat is None else flat)
 
     @overload
     def generate(self, prompt: Any = ..., *, stream: Literal[True], **options: Any) -> Iterator[Piece]: ...
@@ -224,9 +226,10 @@ class Engine:
     @cached_property
     def _cache(self) -> PagedCache:
         plan = self._plan
-        pages = plan.max_batch * -(-plan.max_tokens // plan.config.inference.page_size)
         size = plan.config.inference.page_size
-        return PagedCache(plan.spec, pages=pages, page_size=size, device=plan.device, dtype=plan.dtype)
+        widest = -(-plan.max_tokens // size)
+        pages = plan.max_batch * widest
+        return PagedCache(plan.spec, pages=pages, page_size=size, device=plan.device, dtype=plan.dtype, widest=widest)
 
     def _generator(self) -> Generator:
         plan = self._plan

@@ -37,14 +37,18 @@ PIECES = (
     Piece(
         "triton",
         ("triton", "pytorch-triton", "triton-windows"),
-        "the kernel sets generic and specialized, which come with later versions, will need it; "
-        "eager, the set of this version, does not",
+        "the kernel sets generic and specialized need it (pip install triton), eager does not",
     ),
     Piece(
         "cupy",
         ("cupy-cuda13x", "cupy-cuda12x", "cupy"),
-        "kernels in CUDA C++, which come with later versions, will need it (pip install cupy-cuda13x); "
-        "eager, the set of this version, does not",
+        "the kernel set specialized needs it to decode (pip install cupy-cuda13x, or cupy-cuda12x); "
+        "generic and eager do not",
+    ),
+    Piece(
+        "matplotlib",
+        ("matplotlib",),
+        "`slipstream bench` draws no charts: pip install 'slipstream-runtime[report]'",
     ),
     Piece("nvidia-ml-py", ("nvidia-ml-py",), "driver version and free memory of the GPUs are not shown"),
 )
@@ -56,7 +60,7 @@ def gather() -> dict[str, Any]:
         "slipstream": engine.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": cpu(),
         "torch": _torch(),
         "gpus": _gpus(),
         "nvml": _nvml(),
@@ -115,7 +119,8 @@ def _version(distributions: Sequence[str]) -> str | None:
     return None
 
 
-def _cpu() -> dict[str, Any]:
+def cpu() -> dict[str, Any]:
+    """The CPU's name and cores, and the memory beside it."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     page = os.sysconf("SC_PAGE_SIZE")
     return {

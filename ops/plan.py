@@ -83,7 +83,7 @@ class Stream:
     """The residual stream: a raw sum and the norm that its consumer applies as it reads (norms belong to the consumer).
 
     A producer's GEMM never normalizes: that would need whole rows at its end, and be wrong before a tensor-parallel
-    reduce. ``memo`` keeps the normed value where it is needed twice, or where a launch behind the reduce has computed it.
+    reduce. ``memo`` keeps the normed value where it is needed twice, or where a launch behind the reduce computed it.
     """
 
     raw: Tensor
@@ -171,8 +171,8 @@ class Decoder(Protocol):
         """One step: appends ``tokens`` to the cache and gives the logits [R, vocabulary] behind them.
 
         The result is overwritten by the next step. Changes neither ``tokens`` nor ``positions``: choosing is the
-        sampler's part. ``longest`` bounds the rows' tokens, the new one included. Can be captured in a CUDA graph, which
-        then serves while that bound holds.
+        sampler's part. ``longest`` bounds the rows' tokens, the new one included. Can be captured in a CUDA graph,
+        which then serves while that bound holds.
         """
         ...
 

@@ -36,13 +36,17 @@ def assert_runs(name: str, device: torch.device, dtype: torch.dtype) -> None:
     found = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if found < TRITON:
         wanted = ".".join(map(str, TRITON))
-        raise KernelError(f'kernels "{name}" need Triton {wanted}, this is {triton.__version__}: set "kernels" to "eager"')
+        raise KernelError(
+            f'kernels "{name}" need Triton {wanted}, this is {triton.__version__}: set "kernels" to "eager"'
+        )
     if device.type != "cuda" and not interpreted():
         raise KernelError(f'kernels "{name}" need a CUDA GPU, the device is {device.type}: set "kernels" to "eager"')
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         raise KernelError(f'kernels "{name}" need an Ampere GPU or newer: set "kernels" to "eager"')
     if dtype not in DTYPES:
-        raise KernelError(f'kernels "{name}" compute in fp32, bf16 or fp16, not {dtype}: set "precision" to one of these')
+        raise KernelError(
+            f'kernels "{name}" compute in fp32, bf16 or fp16, not {dtype}: set "precision" to one of these'
+        )
 
 
 def check(op: str, like: Tensor, **tensors: Tensor | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.errors import CheckpointError, EngineError
-from engine.inference.inputs import Rows
+from engine.inference.inputs import Flat, Rows
 from engine.inference.runner import Runner
 from ops.plan import StepResult
 from ops.spec import Task
@@ -21,19 +22,19 @@ from ops.spec import Task
 Pooling = Literal["mean", "cls"]
 
 
-def forward(runner: Runner, rows: Rows) -> Any:
+def forward(runner: Runner, rows: Rows | Flat) -> Any:
     """The model's outputs for whole sequences, as the Hugging Face class of the task gives them.
 
     Tensors [B, S, ...] follow the caller's padding; what stands at a padded place is zero.
     """
     if rows.types is not None and not runner.spec.token_types:
-        rows = Rows(rows.ids, None, rows.places, rows.single)
-    result = runner.whole(rows.ids, rows.types)
+        rows = replace(rows, types=None)
+    result = runner.flat(rows) if isinstance(rows, Flat) else runner.whole(rows.ids, rows.types)
     task: Task = runner.spec.head.task if runner.spec.head is not None else "embedding"
     return _OUTPUTS[task](rows, result)
 
 
-def _embedding(rows: Rows, result: StepResult) -> Any:
+def _embedding(rows: Rows | Flat, result: StepResult) -> Any:
     from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 
     hidden = rows.pad(result.hidden)
@@ -42,20 +43,20 @@ def _embedding(rows: Rows, result: StepResult) -> Any:
     return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=result.outputs)
 
 
-def _sequence_classification(rows: Rows, result: StepResult) -> Any:
+def _sequence_classification(rows: Rows | Flat, result: StepResult) -> Any:
     from transformers.modeling_outputs import SequenceClassifierOutput
 
     return SequenceClassifierOutput(logits=result.outputs)
 
 
-def _token_classification(rows: Rows, result: StepResult) -> Any:
+def _token_classification(rows: Rows | Flat, result: StepResult) -> Any:
     from transformers.modeling_outputs import TokenClassifierOutput
 
     assert result.outputs is not None
     return TokenClassifierOutput(logits=rows.pad(result.outputs))
 
 
-def _question_answering(rows: Rows, result: StepResult) -> Any:
+def _question_answering(rows: Rows | Flat, result: StepResult) -> Any:
     from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
     assert result.outputs is not None
@@ -63,21 +64,21 @@ def _question_answering(rows: Rows, result: StepResult) -> Any:
     return QuestionAnsweringModelOutput(start_logits=start, end_logits=end)
 
 
-def _masked_lm(rows: Rows, result: StepResult) -> Any:
+def _masked_lm(rows: Rows | Flat, result: StepResult) -> Any:
     from transformers.modeling_outputs import MaskedLMOutput
 
     assert result.outputs is not None
     return MaskedLMOutput(logits=rows.pad(result.outputs))
 
 
-def _causal_lm(rows: Rows, result: StepResult) -> Any:
+def _causal_lm(rows: Rows | Flat, result: StepResult) -> Any:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     assert result.outputs is not None
     return CausalLMOutputWithPast(logits=rows.pad(result.outputs))
 
 
-_OUTPUTS: dict[Task, Callable[[Rows, StepResult], Any]] = {
+_OUTPUTS: dict[Task, Callable[[Rows | Flat, StepResult], Any]] = {
     "embedding": _embedding,
     "sequence_classification": _sequence_classification,
     "token_classification": _token_classification,

@@ -13,8 +13,9 @@ from engine.inference.kv_cache import PagedCache
 from engine.inference.kv_cache import Sequence as Cached
 from engine.inference.params import SamplingParams
 from engine.inference.runner import Runner
+from engine.inference.steps import Chosen, DeviceSteps, HostSteps, Steps
 from engine.inference.text import Detokenizer, Text
-from ops.sampling import SamplingState, TokenLogprobs, sample
+from ops.sampling import SamplingState
 
 FinishReason = Literal["stop", "length"]
 
@@ -127,30 +128,32 @@ class Generator:
             state = _sampling_state(rows, params, self.runner, first)
             watch = [StopText(self.text, params.stop) if texts else None for _ in rows]
             active = list(range(len(rows)))
+            keep: list[int] = []
             with torch.inference_mode():
                 logits = self.runner.prefill(self.cache, held, rows, self.prefill_chunk)
+            steps = self._steps(held, state, params)
             for step in range(1, params.max_new_tokens + 1):
-                with torch.inference_mode():
-                    out = sample(logits, state, logprobs=params.logprobs)
-                tokens = out.tokens.tolist()
-                self._check_finite(out.valid.tolist(), [first + row for row in active])
-                chances = _logprobs(tokens, out.logprobs)
+                out = steps.first(logits) if step == 1 else steps.next(keep)
+                self._check_finite(out.valid, [first + row for row in active])
+                chances = _logprobs(out)
                 keep = []
                 for place, row in enumerate(active):
-                    piece = _piece(first + row, tokens[place], chances[place], watch[row], params, step)
+                    piece = _piece(first + row, out.tokens[place], chances[place], watch[row], params, step)
                     if piece.finish_reason is None:
                         keep.append(place)
                     yield piece
                 if not keep:
                     return
-                if len(keep) < len(active):
-                    state, active = state.select(keep), [active[place] for place in keep]
-                with torch.inference_mode():
-                    sequences = [held[row] for row in active]
-                    logits = self.runner.decode(self.cache, sequences, [tokens[place] for place in keep])
+                active = [active[place] for place in keep]
         finally:
             for sequence in held:
                 self.cache.release(sequence)
+
+    def _steps(self, held: list[Cached], state: SamplingState, params: SamplingParams) -> Steps:
+        """The device's own steps where the kernel set has them."""
+        if self.runner.decode_step(self.cache, len(held)) is None:
+            return HostSteps(self.runner, self.cache, held, state, params.logprobs)
+        return DeviceSteps(self.runner, self.cache, held, state, params.logprobs, params.max_new_tokens)
 
     def _check_finite(self, valid: Sequence[bool], rows: Sequence[int]) -> None:
         if not all(valid):
@@ -182,12 +185,13 @@ def _sampling_state(rows: list[list[int]], params: SamplingParams, runner: Runne
     return state
 
 
-def _logprobs(tokens: list[int], found: TokenLogprobs | None) -> list[Logprob | None]:
+def _logprobs(out: Chosen) -> list[Logprob | None]:
+    found = out.logprobs
     if found is None:
-        return [None] * len(tokens)
+        return [None] * len(out.tokens)
     chosen, ids, values = found.chosen.tolist(), found.top_tokens.tolist(), found.top_logprobs.tolist()
     tops = [tuple(zip(*row, strict=True)) for row in zip(ids, values, strict=True)]
-    return [Logprob(token, chance, top) for token, chance, top in zip(tokens, chosen, tops, strict=True)]
+    return [Logprob(token, chance, top) for token, chance, top in zip(out.tokens, chosen, tops, strict=True)]
 
 
 def _piece(

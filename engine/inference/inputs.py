@@ -42,6 +42,75 @@ class Rows:
         return out
 
 
+@dataclass(frozen=True)
+class Flat:
+    """A padded batch of ids that lie on the model's device and never leave it.
+
+    ids:     [T] int64, the sequences end to end without padding; not yet checked.
+    types:   [T] int64, or None.
+    lengths: of each sequence.
+    shape:   [B, S] of the caller's batch.
+    order:   [B, S] int64, the token at each place, T where there is padding; None where there is none.
+    """
+
+    ids: Tensor
+    types: Tensor | None
+    lengths: tuple[int, ...]
+    shape: tuple[int, int]
+    order: Tensor | None = None
+
+    def pad(self, flat: Tensor) -> Tensor:
+        """[T, ...] laid out as the caller's batch [B, S, ...]; zeros where there is padding."""
+        if self.order is None:
+            return flat.view(*self.shape, *flat.shape[1:])
+        return torch.cat((flat, flat.new_zeros(1, *flat.shape[1:])))[self.order]
+
+    def rows(self) -> Rows:
+        """The same on the host; waits for the device."""
+        ids = [row.tolist() for row in self.ids.cpu().split(self.lengths)]
+        return Rows(ids, None if self.types is None else [row.tolist() for row in self.types.cpu().split(self.lengths)])
+
+
+def flat_from(
+    batch: Any, device: torch.device, *, attention_mask: Any = None, token_type_ids: Any = None
+) -> Flat | None:
+    """A tensor of ids on ``device``, or a batch that holds one, as :class:`Flat`; None for whatever else.
+
+    Waits for the device only to learn the lengths from a mask that lies there.
+    """
+    if isinstance(batch, Mapping):
+        attention_mask = batch.get("attention_mask", attention_mask)
+        token_type_ids = batch.get("token_type_ids", token_type_ids)
+        batch = batch.get("input_ids")
+    if not isinstance(batch, Tensor) or batch.device != device or not batch.numel():
+        return None
+    _assert_ids(batch)
+    ids = torch.atleast_2d(batch.detach())
+    types = None if token_type_ids is None else _like(ids, token_type_ids, "token_type_ids").to(device, torch.int64)
+    shape, lengths = (ids.shape[0], ids.shape[1]), (ids.shape[1],) * ids.shape[0]
+    order = None
+    if attention_mask is not None:
+        mask = _like(ids, attention_mask, "attention_mask").bool()
+        lengths = tuple(mask.sum(1).tolist())
+        if sum(lengths) < ids.numel():
+            order = _order(mask.to(device), sum(lengths))
+    kept = [None if one is None else _without_padding(one.to(torch.int64), order, sum(lengths)) for one in (ids, types)]
+    assert kept[0] is not None
+    return Flat(kept[0], kept[1], lengths, shape, order)
+
+
+def _order(mask: Tensor, total: int) -> Tensor:
+    """For each place of a batch its token among the ``total`` that the mask keeps, or ``total``."""
+    return torch.where(mask, (mask.flatten().cumsum(0) - 1).view_as(mask), total)
+
+
+def _without_padding(padded: Tensor, order: Tensor | None, total: int) -> Tensor:
+    """[T] of [B, S]. A scatter, since to gather by a mask would wait for the device."""
+    if order is None:
+        return padded.flatten()
+    return padded.new_empty(total + 1).scatter_(0, order.flatten(), padded.flatten())[:total]
+
+
 def rows_from(
     batch: Any, text: Text, *, attention_mask: Any = None, token_type_ids: Any = None, limit: int | None = None
 ) -> Rows:
@@ -85,8 +154,7 @@ def _from_texts(items: list[Any], text: Text, limit: int | None) -> Rows:
 
 
 def _from_tensor(ids: Tensor, attention_mask: Any, token_type_ids: Any) -> Rows:
-    if ids.dim() not in (1, 2) or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise EngineError(f"input_ids: wanted integers [sequences, tokens], got {ids.dtype} {list(ids.shape)}")
+    _assert_ids(ids)
     single = ids.dim() == 1
     ids = torch.atleast_2d(ids.detach().cpu())
     places = _beside(ids, attention_mask, "attention_mask", 1).bool()
@@ -98,11 +166,19 @@ def _from_tensor(ids: Tensor, attention_mask: Any, token_type_ids: Any) -> Rows:
     return Rows(rows, types, places, single)
 
 
+def _assert_ids(ids: Tensor) -> None:
+    if ids.dim() not in (1, 2) or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise EngineError(f"input_ids: wanted integers [sequences, tokens], got {ids.dtype} {list(ids.shape)}")
+
+
 def _beside(ids: Tensor, given: Any, name: str, otherwise: int) -> Tensor:
-    """``given`` as a tensor of ``ids``' shape [B, S]; ``otherwise`` everywhere if it is None."""
-    if given is None:
-        return torch.full_like(ids, otherwise)
-    found: Tensor = torch.atleast_2d(torch.as_tensor(given).cpu())
+    """``given`` as a tensor of ``ids``' shape [B, S] on the host; ``otherwise`` everywhere if it is None."""
+    return torch.full_like(ids, otherwise) if given is None else _like(ids, given, name).cpu()
+
+
+def _like(ids: Tensor, given: Any, name: str) -> Tensor:
+    """``given`` as a tensor of ``ids``' shape [B, S], wherever it lies."""
+    found: Tensor = torch.atleast_2d(torch.as_tensor(given))
     if found.shape != ids.shape:
         raise EngineError(f"{name}: shape {list(found.shape)} does not fit input_ids {list(ids.shape)}")
     return found

@@ -45,18 +45,27 @@ class PagedCache:
 
     Memory is reserved at once and never moves, so that captured graphs stay valid while sequences grow. A sequence gets
     consecutive pages where there are enough, which lets the ``eager`` set read it as a view; else any free ones. One
-    page more than asked for, ``scratch``, belongs to no sequence: rows of a batch that only fill up a bucket write there.
+    page more than asked for, ``scratch``, belongs to no sequence: rows that only fill a batch up write there.
     """
 
     def __init__(
-        self, spec: ModelSpec, *, pages: int, page_size: int, device: torch.device, dtype: torch.dtype
+        self,
+        spec: ModelSpec,
+        *,
+        pages: int,
+        page_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        widest: int | None = None,
     ) -> None:
+        """``pages`` in all, of which a sequence takes at most ``widest`` (all of them if it is None)."""
         shape = (pages + 1, page_size, spec.kv_heads, spec.head_dim)
         self.keys = tuple(_zeros(shape, dtype, device) for _ in range(spec.layers))
         self.values = tuple(_zeros(shape, dtype, device) for _ in range(spec.layers))
         self.page_size = page_size
         self.device = device
         self.scratch = pages
+        self.widest = pages if widest is None else widest
         self._free = list(range(pages))
 
     @property

@@ -5,14 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from engine.errors import EngineError
+from engine.inference.decode_step import DecodeStep
+from engine.inference.inputs import Flat
 from engine.inference.kv_cache import PagedCache, Sequence
 from ops.collective import Collective
-from ops.plan import Bucket, KernelSet, StepInputs, StepPlan, StepResult
+from ops.errors import IdError
+from ops.plan import Bucket, Decoder, DecodeState, KernelSet, StepInputs, StepPlan, StepResult
 from ops.spec import ModelSpec
 from ops.weights import ModelWeights
 
@@ -25,6 +29,8 @@ class Runner:
     ) -> None:
         self.spec, self.weights, self.kernels, self.device, self.group = spec, weights, kernels, device, group
         self._plans: dict[str, StepPlan] = {}
+        self._decode_steps: dict[tuple[int, int], DecodeStep] = {}
+        self._places = torch.empty(0, dtype=torch.int64)
 
     def _plan(self, bucket: Bucket) -> StepPlan:
         if bucket.kind not in self._plans:
@@ -39,18 +45,55 @@ class Runner:
         ``wanted`` are the tokens, counted over the rows end to end, whose outputs are asked for (None: all).
         """
         self.check_ids(rows)
+        self._check_types(token_types or ())
         lengths = tuple(len(row) for row in rows)
         positions = [at for length in lengths for at in range(length)]
-        for index, row in enumerate(token_types or ()):
-            if row and not 0 <= min(row) <= max(row) < self.spec.token_types:
-                raise EngineError(
-                    f"sequence {index}: this model's token types go from 0 to {self.spec.token_types - 1}"
-                )
         types = None if token_types is None else self._tensor([t for row in token_types for t in row])
         ends = None if wanted is None else self._tensor(list(wanted))
         tokens = self._tensor([t for row in rows for t in row])
         inputs = StepInputs(tokens, self._tensor(positions), lengths, types, rows=ends)
         return self._plan(Bucket("encode")).run(inputs)
+
+    def flat(self, batch: Flat) -> StepResult:
+        """As :meth:`whole`, for ids that lie on the device: nothing of them comes to the host unless one is wrong.
+
+        A plan that guards its tables checks them as it runs; for others, the device is asked before.
+        """
+        if not 0 < min(batch.lengths) <= max(batch.lengths) <= self.spec.max_positions:
+            self.check_ids(batch.rows().ids)
+        plan = self._plan(Bucket("encode"))
+        inputs = StepInputs(batch.ids, self._positions(batch.lengths), batch.lengths, batch.types, checked=False)
+        if not plan.guards(inputs):
+            if not self._inside(batch.ids, self.spec.vocab_size) or not self._inside(
+                batch.types, self.spec.token_types
+            ):
+                self._refuse(batch)
+            inputs = replace(inputs, checked=True)
+        try:
+            return plan.run(inputs)
+        except IdError:
+            self._refuse(batch)
+            raise
+
+    @staticmethod
+    def _inside(ids: Tensor | None, count: int) -> bool:
+        """Whether all lie in a table of ``count`` rows; waits for the device."""
+        if ids is None:
+            return True
+        low, high = torch.stack(torch.aminmax(ids)).tolist()
+        return bool(0 <= low <= high < count)
+
+    def _refuse(self, batch: Flat) -> None:
+        """Raises with the sequence and the id that is wrong."""
+        rows = batch.rows()
+        self.check_ids(rows.ids)
+        self._check_types(rows.types or ())
+
+    def _positions(self, lengths: Seq[int]) -> Tensor:
+        """[T] int64 on the device: 0, 1, ... for each sequence; pieces of one tensor that is kept."""
+        if self._places.numel() < max(lengths):
+            self._places = torch.arange(max(lengths), device=self.weights.embed.token.device)
+        return self._places[: lengths[0]] if len(lengths) == 1 else torch.cat([self._places[:n] for n in lengths])
 
     def prefill(self, cache: PagedCache, sequences: Seq[Sequence], rows: Seq[Seq[int]], chunk: int) -> Tensor:
         """Appends each sequence's prompt to its cache, at most ``chunk`` tokens of it a step.
@@ -75,6 +118,23 @@ class Runner:
         """Appends one token to each sequence; returns the logits [B, vocabulary] behind it."""
         return self._append(Bucket("decode"), cache, sequences, [[t] for t in tokens], None)
 
+    @staticmethod
+    def batch_bucket(rows: int) -> int:
+        """The batch in which so many rows decode on the device: the next power of two."""
+        return 1 << (rows - 1).bit_length()
+
+    def decode_step(self, cache: PagedCache, rows: int) -> DecodeStep | None:
+        """The device's own decode step for ``rows`` rows over ``cache``, or None where the host drives each step."""
+        key = (id(cache), self.batch_bucket(rows))
+        if key not in self._decode_steps:
+
+            def decoder_of(state: DecodeState) -> Decoder | None:
+                return self.kernels.decoder(self.spec, self.weights, state, self.group)
+
+            self._decode_steps[key] = DecodeStep(decoder_of, cache, key[1])
+        step = self._decode_steps[key]
+        return None if step.decoder is None else step
+
     def _append(
         self,
         bucket: Bucket,
@@ -97,6 +157,13 @@ class Runner:
         result = self._plan(bucket).run(StepInputs(tokens, self._tensor(positions), tuple(lengths), None, view, rows))
         assert result.outputs is not None
         return result.outputs
+
+    def _check_types(self, rows: Seq[Seq[int]]) -> None:
+        for index, row in enumerate(rows):
+            if row and not 0 <= min(row) <= max(row) < self.spec.token_types:
+                raise EngineError(
+                    f"sequence {index}: this model's token types go from 0 to {self.spec.token_types - 1}"
+                )
 
     def check_ids(self, rows: Iterable[Seq[int]], what: str = "sequence") -> None:
         """Raises if a row is empty, longer than the model's positions, or holds an id outside the vocabulary; messages

@@ -37,8 +37,8 @@ struct Keys {
     uint4 k[BATCH_KEYS], v[BATCH_KEYS];
 };
 
-// Which token this lane group's i-th key of a turn is. The turn behind the last one is for the newest token alone where
-// words carry flags: it may not be in the pool yet.
+// Which token this lane group's i-th key of a turn is. The turn behind the last one is for the newest token alone, whose key
+// is written in this very step: the others are fetched before anybody is waited for.
 __device__ __forceinline__ int token_of(const Block& b, Span span, int turn, int turns, int i) {
     const int group = b.warp * KEYS_A_WARP + b.lane / LANES;
     if (turn == turns) return group == 0 && i == 0 ? span.end : span.end + 1;
@@ -172,9 +172,28 @@ __device__ __forceinline__ void meet(Block& b, Running& run, int m, int head0, i
     consumers_sync();
 }
 
-// Phase 2.
+// The key and value of the row's newest token, to the first place.
+__device__ __forceinline__ void fetch_newest(const Block& b, int layer, int m, int kv_head, Keys& keys) {
+    const int element = kv_head * HEAD_DIM + (b.lane % LANES) * 8;
+    if (FLAGGED) {
+        float eight[8];
+#pragma unroll 1
+        for (int value = 0; value < 2; ++value) {
+            receive8(b, NEW_KV, (size_t)(2 * m + value) * KV_SIZE + element, eight);
+            if (value) keys.v[0] = narrow8(eight);
+            else keys.k[0] = narrow8(eight);
+        }
+    } else {
+        const size_t at = (size_t)b.slots[m] * KV_SIZE + element;
+        keys.k[0] = load_l2(b.layer_weight(layer, KEYS) + at);
+        keys.v[0] = load_l2(b.layer_weight(layer, VALUES) + at);
+    }
+}
+
+// Phase 2. The grid barrier behind the queries has been arrived at, and is waited for in here.
 __device__ __forceinline__ void attend(Block& b, int layer) {
     const int window = (int)b.table[POINTERS + layer * LAYER_POINTERS + WINDOW], splits = splits_of(b, window);
+    bool waiting = true;
     for (int item = b.id; item < M * KV_HEADS * ROUNDS * splits; item += BLOCKS) {
         constexpr u32 WHOLE = M * KV_HEADS * ROUNDS;
         const u32 split = item / WHOLE, rest = item % WHOLE;
@@ -182,7 +201,7 @@ __device__ __forceinline__ void attend(Block& b, int layer) {
         const int low = window_start(b, m, window), context = b.positions[m] + 1;
         // At least the ceiling of the quotient (floats round); what is over at the end is cut off.
         const int per = (int)__fdiv_rn((float)(context - low + splits - 1), (float)splits);
-        const int end = min(low + (int)(split + 1) * per, context), fresh = FLAGGED && end == context && low + (int)split * per < end;
+        const int end = min(low + (int)(split + 1) * per, context), fresh = end == context && low + (int)split * per < end;
         const Span span = {low + (int)split * per, end - fresh};
         const int head0 = kv_head * SHARING + round * TOGETHER, heads = min(TOGETHER, SHARING - round * TOGETHER);
         const int turns = (max(span.end - span.begin, 0) + BATCH_KEYS * KEYS_A_TURN - 1) / (BATCH_KEYS * KEYS_A_TURN);
@@ -194,26 +213,19 @@ __device__ __forceinline__ void attend(Block& b, int layer) {
         for (int turn = 0; turn < turns + fresh; ++turn) {
             Keys keys;
             fetch(b, layer, m, kv_head, span, turn, keys);   // older keys do not wait for the queries
+            if (waiting) grid_wait(b), waiting = false;
             if (turn == 0) {
 #pragma unroll
                 for (int h = 0; h < TOGETHER; ++h)
                     if (h < heads && element < HEAD_DIM)
                         receive8(b, QUERIES, (size_t)m * Q_SIZE + (head0 + h) * HEAD_DIM + element, q[h]);
             }
-            if (turn == turns && b.warp == 0 && b.lane / LANES == 0 && element < HEAD_DIM) {
-                const size_t at = (size_t)m * 2 * KV_SIZE + kv_head * HEAD_DIM + element;
-                float eight[8];
-#pragma unroll 1
-                for (int value = 0; value < 2; ++value) {
-                    receive8(b, NEW_KV, at + value * KV_SIZE, eight);
-                    if (value) keys.v[0] = narrow8(eight);
-                    else keys.k[0] = narrow8(eight);
-                }
-            }
+            if (turn == turns && b.warp == 0 && b.lane / LANES == 0 && element < HEAD_DIM) fetch_newest(b, layer, m, kv_head, keys);
             take(b, keys, q, m, head0, span, turn, turns, turn == turns ? span.end + 1 : span.end, run);
         }
         meet(b, run, m, head0, heads, split);
     }
+    if (waiting) grid_wait(b);
 }
 
 // Phase 3's x: the splits of every head put together, 16-bit, in shared memory.

@@ -9,7 +9,9 @@ constexpr int Q_SIZE = HEADS * HEAD_DIM, KV_SIZE = KV_HEADS * HEAD_DIM;
 constexpr int SHARING = HEADS / KV_HEADS;            // query heads on one KV head
 constexpr int PARTIAL = HEAD_DIM + 2;                // a split's sums, its maximum, its denominator
 constexpr int UP_UNIT = GATED ? 4 : 2;               // rows of the up projection that give two outputs
-constexpr bool FLAGGED = M <= FLAGGED_BATCH;         // words with flags instead of grid barriers
+constexpr bool FLAGGED = M <= FLAGGED_BATCH;         // words that blocks exchange carry flags
+static_assert(BLOCKS <= THREADS, "each flag has a thread that waits for it");
+constexpr bool RAGGED = HIDDEN % 32 || Q_SIZE % 32 || FFN % 32;   // some product has columns that fill no block of 32
 constexpr int RED_BUFFERS = M <= 4 ? 2 : 1;
 constexpr int HELPERS = 96;                          // threads that fetch norms' weights and biases ahead of time
 constexpr int QKV_ROWS = Q_SIZE + 2 * KV_SIZE;
@@ -39,7 +41,7 @@ __device__ __forceinline__ Shape shape_of(int kind) {
 
 enum Pointer {
     TOKEN_TABLE, POSITION_TABLE, FINAL_WEIGHT, FINAL_BIAS, HEAD_WEIGHT, HEAD_BIAS, BLOCK_TABLE, TOKENS, POSITIONS, INV_FREQ,
-    SLOPES, LOGITS, STREAM, HIDDEN_ACT, QUERIES, NEW_KV, PARTIALS, BEST, FLAGS, EPOCH, PAGES_A_ROW, POINTERS
+    SLOPES, LOGITS, STREAM, HIDDEN_ACT, QUERIES, NEW_KV, PARTIALS, BEST, FLAGS, PAGES_A_ROW, POINTERS
 };
 enum LayerPointer {
     ATTN_NORM_WEIGHT, ATTN_NORM_BIAS, QKV_WEIGHT, QKV_BIAS, OUT_WEIGHT, OUT_BIAS, FFN_NORM_WEIGHT, FFN_NORM_BIAS, UP_WEIGHT,
@@ -64,6 +66,7 @@ struct Block {
     u32 ring, full, empty;  // shared addresses: stages, and their barriers
     u32 staged;             // shared address of x [M, k], 16-bit, rows of staged_pitch(k)
     char* staged_ptr;
+    u32 zeros;              // shared address of 16 bytes of zeros
     u16* norm_constants;    // of each half of a layer: gain [HIDDEN], then shift
     float* bias_constants;  // of each half: first_biases(half), then OWN_ROWS
     u32 ready, used;        // shared addresses of two barriers each: a half's constants are there, are no longer needed
@@ -137,23 +140,34 @@ __device__ __forceinline__ void await_all(Look look) {
     while (!look()) dog.tick();
 }
 
-// Everything that consumers wrote before is seen by all blocks after. Flags count up for ever, one a block.
-__device__ __forceinline__ void grid_barrier(Block& b) {
+// Between phases every block waits for all others. Flags count up for ever, one a block. Where the data carry flags of their
+// own there is nothing to do: whoever needs a word waits for that word. (Waiting for a barrier first, so that nobody asks in
+// vain, was tried: a line that 132 blocks write and all of them read is slower than the asking.)
+__device__ __forceinline__ void grid_arrive(Block& b) {
     ++b.epoch;
-    if (FLAGGED) return;   // the data themselves say when they are there
+    if (FLAGGED) return;
     consumers_sync();
-    u32* flags = (u32*)b.table[FLAGS];
     if (b.thread == 0) {
         __threadfence();
-        asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(flags + b.id), "r"(b.epoch) : "memory");
+        asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"((u32*)b.table[FLAGS] + b.id), "r"(b.epoch) : "memory");
     }
-    for (int i = b.thread; i < BLOCKS; i += THREADS) {
+}
+
+__device__ __forceinline__ void grid_wait(const Block& b) {
+    if (FLAGGED) return;
+    if (b.thread < BLOCKS) {
+        const u32* flag = (u32*)b.table[FLAGS] + b.thread;
         Watchdog dog;
         u32 seen;
         do {
             dog.tick();
-            asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(flags + i) : "memory");
+            asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
         } while ((int)(seen - b.epoch) < 0);
     }
     consumers_sync();   // what follows reads through L2 and depends on the flags: no L1, no speculation
+}
+
+__device__ __forceinline__ void grid_barrier(Block& b) {
+    grid_arrive(b);
+    grid_wait(b);
 }

@@ -110,28 +110,38 @@ __device__ __forceinline__ void stage_stream(Block& b, bool embed, Half half) {
     }
 }
 
-// Phase 5's x where it fits: the activations [M, FFN], two a word, into shared memory.
+// Phase 5's x where it fits: the activations [M, FFN], two a word, into shared memory; four at a time, or eight plain ones.
 __device__ __forceinline__ void stage_activations(Block& b) {
-    constexpr int WORDS = M * (FFN / 2), EACH = (WORDS + THREADS - 1) / THREADS, AT_ONCE = EACH < 8 ? EACH : 8;
-    for (int base = b.thread; base < WORDS; base += AT_ONCE * THREADS) {
-        u64 found[AT_ONCE];
+    constexpr int TOGETHER_ELEMENTS = FLAGGED ? 4 : 8, PIECES = M * FFN / TOGETHER_ELEMENTS;
+    constexpr int EACH = (PIECES + THREADS - 1) / THREADS, AT_ONCE = EACH < 8 ? EACH : 8;
+    const u64* buffer = (u64*)b.table[HIDDEN_ACT];
+    for (int base = b.thread; base < PIECES; base += AT_ONCE * THREADS) {
+        uint4 found[AT_ONCE];
         await_all([&] {
             bool all = true;
 #pragma unroll
             for (int i = 0; i < AT_ONCE; ++i) {
-                const int word = min(base + i * THREADS, WORDS - 1);
-                if (FLAGGED) found[i] = peek_flagged((u64*)b.table[HIDDEN_ACT] + word);
-                else found[i] = __ldcg((u32*)b.table[HIDDEN_ACT] + word);
+                const int piece = min(base + i * THREADS, PIECES - 1);
+                if (FLAGGED) {
+                    u64 a, c;
+                    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(a), "=l"(c) : "l"(buffer + 2 * piece) : "memory");
+                    found[i] = make_uint4((u32)a, (u32)(a >> 32), (u32)c, (u32)(c >> 32));
+                } else {
+                    found[i] = load_l2(buffer + 2 * piece);
+                }
             }
 #pragma unroll
             for (int i = 0; i < AT_ONCE; ++i)
-                if (FLAGGED) all &= (u32)(found[i] >> 32) == b.epoch;
+                if (FLAGGED) all &= found[i].y == b.epoch && found[i].w == b.epoch;
             return all;
         });
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
-            const int word = base + i * THREADS;
-            if (word < WORDS) *(u32*)(b.staged_ptr + word / (FFN / 2) * staged_pitch(FFN) + 4 * (word % (FFN / 2))) = (u32)found[i];
+            const int element = (base + i * THREADS) * TOGETHER_ELEMENTS;
+            if (element >= M * FFN) continue;
+            char* to = b.staged_ptr + element / FFN * staged_pitch(FFN) + 2 * (element % FFN);
+            if (FLAGGED) *(uint2*)to = make_uint2(found[i].x, found[i].z);
+            else *(uint4*)to = found[i];
         }
     }
 }
@@ -335,7 +345,7 @@ __device__ __forceinline__ void stage(Block& b, int kind, int layer) {
     } else {
         stage_stream(b, kind == QKV && layer == 0, kind == UP ? FFN_HALF : ATTENTION_HALF);
     }
-    if (HIDDEN % 32 || Q_SIZE % 32 || FFN % 32)
+    if (RAGGED)
         if (!(DOWN_DIRECT && kind == DOWN)) clear_staged_tail(b, shape_of(kind).k);
     consumers_sync();
     if ((kind == OUT || kind == DOWN) && b.thread < M) b.origins[b.thread] = b.own[b.thread * OWN_ROWS];
@@ -372,14 +382,15 @@ __device__ __forceinline__ void compute_step(Block& b, Best* best) {
             if (b.lane == 0) barrier_arrive(b.used + 8 * half);
             b.turn ^= 1 << half;
         }
-        if (kind != HEAD) grid_barrier(b);
+        if (kind == QKV) grid_arrive(b);   // attention fetches older keys before it waits
+        else if (kind != HEAD) grid_barrier(b);
     }
 }
 
 __device__ __forceinline__ void consume_all(Block& b, u64* out, int steps, bool greedy) {
     u64* tokens = (u64*)b.table[TOKENS];
     u64* positions = (u64*)b.table[POSITIONS];
-    u32* epoch = (u32*)(FLAGGED ? b.table[EPOCH] : b.table[FLAGS] + 4 * b.id);
+    u32* epoch = (u32*)b.table[FLAGS] + b.id;   // where the last launch ended, the same for all
     asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(b.epoch) : "l"(epoch) : "memory");
     for (int m = b.thread; m < M; m += THREADS) b.tokens[m] = (int)tokens[m], b.positions[m] = (int)positions[m];
     consumers_sync();
@@ -392,8 +403,8 @@ __device__ __forceinline__ void consume_all(Block& b, u64* out, int steps, bool 
         grid_barrier(b);
         if (greedy) choose(b, out + (size_t)step * M);
     }
+    if (FLAGGED && b.thread == 0) *epoch = b.epoch;
     // Every block has begun (this one has what all others wrote), so all have read what is overwritten here.
-    if (b.id == 0 && FLAGGED && b.thread == 0) *epoch = b.epoch;
     if (b.id == 0 && greedy)
         for (int m = b.thread; m < M; m += THREADS) tokens[m] = b.tokens[m], positions[m] = b.positions[m];
 }
@@ -405,6 +416,8 @@ persistent_decode(const u64* table, u64* out, int steps, int greedy) {
     b.id = blockIdx.x, b.thread = threadIdx.x, b.warp = threadIdx.x / 32, b.lane = threadIdx.x % 32;
     b.quad = b.lane / 4, b.place = b.lane % 4, b.stage = b.parity = b.red_turn = b.turn = 0;
     char* at = memory + STAGES * STAGE_BYTES;
+    *(uint4*)at = make_uint4(0, 0, 0, 0);
+    b.zeros = shared_address(at), at += 16;
     b.ring = shared_address(memory);
     b.staged = shared_address(at), b.staged_ptr = at, b.attention = (float*)at, at += STAGED_BYTES;
     b.red = (float*)at, at += RED_BUFFERS * WARPS * M * GROUP_ROWS * 4;

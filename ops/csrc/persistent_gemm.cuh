@@ -88,14 +88,6 @@ struct Fragment {
     uint4 low, high;   // 8 columns of token `quad`, and of token `quad + 8`
 };
 
-__device__ __forceinline__ Fragment staged_fragment(const Block& b, u32 pitch, int k) {
-    Fragment f = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
-    const u32 at = b.staged + b.quad * pitch + 2 * k + 16 * b.place;
-    if (b.quad < M) f.low = load_shared(at);
-    if (M > 8) f.high = load_shared(at + 8 * pitch);
-    return f;
-}
-
 __device__ __forceinline__ Fragment direct_fragment(const Block& b, int k) {
     const u16* x = (const u16*)b.table[HIDDEN_ACT];
     Fragment f = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
@@ -112,16 +104,19 @@ __device__ __forceinline__ void products(const Fragment& x, uint4 w, float* even
     mma(odd, x.low.z, x.high.z, x.low.w, x.high.w, w.z, w.w);
 }
 
-// This warp's share of one stage, x from shared memory.
+// This warp's share of one stage, x from shared memory at `x` (rows of `pitch` bytes; lanes without a token read zeros at one
+// place, `moves` being 0 for them), the weight at `w`.
 __device__ __forceinline__ void stage_products(
-    const Block& b, int k, int k0, int columns, u32 at, u32 pitch, float* even, float* odd) {
+    const Block& b, int k, int k0, int columns, u32 x, u32 pitch, u32 moves, u32 w, float* even, float* odd) {
     const int blocks = (min(columns, k - k0) + 31) / 32;
 #pragma unroll 2
     for (int block = (b.warp - k0 / 32) & (WARPS - 1); block < blocks; block += WARPS) {
-        const Fragment f = staged_fragment(b, pitch, k0 + 32 * block);
-        uint4 w = load_shared(at + 64 * block);
-        if (k0 + 32 * block + 8 * b.place >= k) w = make_uint4(0, 0, 0, 0);
-        products(f, w, even, odd);
+        const u32 at = x + ((2 * (k0 + 32 * block)) & moves);
+        Fragment f = {load_shared(at), make_uint4(0, 0, 0, 0)};
+        if (M > 8) f.high = load_shared(at + 8 * pitch);
+        uint4 weight = load_shared(w + 64 * block);
+        if (RAGGED && k0 + 32 * block + 8 * b.place >= k) weight = make_uint4(0, 0, 0, 0);
+        products(f, weight, even, odd);
     }
 }
 
@@ -129,6 +124,7 @@ __device__ __forceinline__ void stage_products(
 __device__ __forceinline__ void tile_sums(
     Block& b, const Shape& shape, const Cut& cut, int rows, bool direct, float* even, float* odd) {
     const u32 offset = min(b.quad, rows - 1) * cut.pitch + 16 * b.place, pitch = staged_pitch(shape.k);
+    const u32 x = b.quad < M ? b.staged + b.quad * pitch + 16 * b.place : b.zeros, moves = b.quad < M ? ~0u : 0u;
 #if DOWN_DIRECT
     constexpr int MOST = DIRECT_COLUMNS / 32 / WARPS;
     Fragment next[MOST];
@@ -151,14 +147,14 @@ __device__ __forceinline__ void tile_sums(
                 const int block = first + i * WARPS;
                 if (block >= blocks) continue;
                 uint4 w = load_shared(at + 64 * block);
-                if (k0 + 32 * block + 8 * b.place >= shape.k) w = make_uint4(0, 0, 0, 0);
+                if (RAGGED && k0 + 32 * block + 8 * b.place >= shape.k) w = make_uint4(0, 0, 0, 0);
                 products(now[i], w, even, odd);
             }
         } else
 #endif
         {
             barrier_wait(b.full + 8 * b.stage, b.parity);
-            stage_products(b, shape.k, k0, cut.columns, at, pitch, even, odd);
+            stage_products(b, shape.k, k0, cut.columns, x, pitch, moves, at, even, odd);
         }
         __syncwarp();
         if (b.lane == 0) barrier_arrive(b.empty + 8 * b.stage);

@@ -1,8 +1,9 @@
-"""The persistent decode kernel (``ops/csrc/persistent_decode.cu``): compiled by NVRTC through CuPy for one model and batch.
+"""The persistent decode kernel (``ops/csrc/persistent_decode.cu``), compiled by NVRTC through CuPy for one model and
+batch.
 
 One launch computes a whole decode step, or several: every block stays on its multiprocessor, a warp of it streams the
-weights through shared memory without ever waiting for the phase that uses them, and blocks hand each other small vectors
-through L2. The file says how; this module decides the sizes, compiles, and keeps the buffers.
+weights through shared memory without ever waiting for the phase that uses them, and blocks hand each other small
+vectors through L2. The source says how; this module decides the sizes, compiles, and keeps the buffers.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ FEWEST_STAGES = 4
 THREADS = 384
 WARPS, GROUP_ROWS = 8, 32
 #: Pointers before the layers' in the kernel's table, and of each layer (the enums of persistent_common.cuh).
-POINTERS, LAYER_POINTERS = 21, 15
+POINTERS, LAYER_POINTERS = 20, 15
 SHARED_LIMIT = 232448
 
 
@@ -59,7 +60,9 @@ def unsupported(spec: ModelSpec, weights: ModelWeights | None, dtype: torch.dtyp
         or spec.embedding_size is not None
         or spec.token_types > 0,
         f"head size {spec.head_dim} is not a multiple of 8 up to 256": spec.head_dim % 8 != 0 or spec.head_dim > 256,
-        f"hidden {spec.hidden} and feed-forward {spec.ffn} are not multiples of 8": bool(spec.hidden % 8 or spec.ffn % 8),
+        f"hidden {spec.hidden} and feed-forward {spec.ffn} are not multiples of 8": bool(
+            spec.hidden % 8 or spec.ffn % 8
+        ),
         "quantized weights are not supported yet": any(isinstance(one.weight, QuantizedTensor) for one in linears),
         "its table of layers does not fit shared memory": spec.layers > 256,
     }
@@ -113,10 +116,21 @@ class Layout:
 
 
 def blocks_for(spec: ModelSpec, device: torch.device) -> int:
-    """One block a multiprocessor; fewer where some would own no row of a phase (they would have nothing to wait for)."""
+    """One block a multiprocessor; fewer where some would own no row of a product."""
     count = torch.cuda.get_device_properties(device).multi_processor_count
     units = (spec.hidden, spec.ffn // 2, (spec.q_size + 2 * spec.kv_size) // 2, spec.vocab_size)
     return min(count, 256, *units)
+
+
+def unfit(spec: ModelSpec, rows: int, device: torch.device) -> str | None:
+    """Why the kernel does not serve so many rows of a model that it supports, in one line, or None."""
+    if rows not in ROWS:
+        return f"the persistent kernel takes up to {ROWS[-1]} rows"
+    try:
+        Layout.of(spec, rows, blocks_for(spec, device))
+    except KernelError as error:
+        return str(error)
+    return None
 
 
 def macros(
@@ -128,18 +142,19 @@ def macros(
     integers = {
         "BF16": int(dtype == torch.bfloat16), "M": rows, "LAYERS": spec.layers, "HIDDEN": spec.hidden, "FFN": spec.ffn,
         "HEADS": spec.heads, "KV_HEADS": spec.kv_heads, "HEAD_DIM": spec.head_dim, "VOCAB": spec.vocab_size,
-        "GATED": int(spec.gated), "RMS_NORM": int(spec.norm == "rmsnorm"), "LEARNED_POSITIONS": int(learned is not None),
-        "POSITION_OFFSET": learned.offset if learned else 0, "ROTARY_DIM": rotary.dim if rotary else 0,
-        "ROTARY_INTERLEAVED": int(rotary.interleaved) if rotary else 0, "ALIBI": int(isinstance(spec.positions, ALiBiPositions)),
+        "GATED": int(spec.gated), "RMS_NORM": int(spec.norm == "rmsnorm"),
+        "LEARNED_POSITIONS": int(learned is not None), "POSITION_OFFSET": learned.offset if learned else 0,
+        "ROTARY_DIM": rotary.dim if rotary else 0, "ROTARY_INTERLEAVED": int(rotary.interleaved) if rotary else 0,
+        "ALIBI": int(isinstance(spec.positions, ALiBiPositions)),
         "ACTIVATION": ACTIVATIONS[spec.activation], "PAGE_SIZE": page_size, "MAX_SPLITS": MAX_SPLITS, "BLOCKS": blocks,
         "FLAGGED_BATCH": FLAGGED_BATCH if layout.flagged else 0, "STAGE_BYTES": STAGE_BYTES, "STAGES": layout.stages,
         "STAGED_BYTES": layout.staged, "OWN_ROWS": layout.own, "DOWN_DIRECT": int(layout.direct),
         "DIRECT_COLUMNS": 1024 if rows <= 8 else 512,
     }  # fmt: skip
     floats = {
-        "NORM_EPS": spec.norm_eps, "EMBEDDING_SCALE": spec.embedding_scale, "ROTARY_FACTOR": rotary.factor if rotary else 1.0,
-        "ATTENTION_SCALE": spec.attention_scale, "ATTENTION_SOFTCAP": spec.attention_softcap or 0.0,
-        "FINAL_SOFTCAP": spec.final_softcap or 0.0,
+        "NORM_EPS": spec.norm_eps, "EMBEDDING_SCALE": spec.embedding_scale,
+        "ROTARY_FACTOR": rotary.factor if rotary else 1.0, "ATTENTION_SCALE": spec.attention_scale,
+        "ATTENTION_SOFTCAP": spec.attention_softcap or 0.0, "FINAL_SOFTCAP": spec.final_softcap or 0.0,
     }  # fmt: skip
     return {**{k: str(v) for k, v in integers.items()}, **{k: f"{float(v)!r}f" for k, v in floats.items()}}
 
@@ -161,7 +176,9 @@ def compile_kernel(defines: dict[str, str], shared: int) -> Any:
         kernel = module.get_function("persistent_decode")
         kernel.max_dynamic_shared_size_bytes = shared
     except (cupy.cuda.compiler.CompileException, cupy.cuda.driver.CUDADriverError, OSError) as error:
-        raise KernelError(f'the persistent kernel does not compile here ({str(error)[:300]}): set "kernels" to "generic"') from error
+        raise KernelError(
+            f'the persistent kernel does not compile here ({str(error)[:300]}): set "kernels" to "generic"'
+        ) from error
     return kernel
 
 
@@ -174,11 +191,15 @@ class PersistentDecoder:
         device, dtype = state.keys[0].device, state.keys[0].dtype
         reason = unsupported(spec, weights, dtype, device)
         if reason is not None or state.rows not in ROWS:
-            raise KernelError(f'the persistent kernel cannot run this: {reason or f"{state.rows} rows"}; set "kernels" to "generic"')
+            raise KernelError(
+                f'the persistent kernel cannot run this: {reason or f"{state.rows} rows"}; set "kernels" to "generic"'
+            )
         self.blocks = blocks_for(spec, device)
         self.layout = Layout.of(spec, state.rows, self.blocks)
         with torch.cuda.device(device):
-            self._kernel = compile_kernel(macros(spec, state.rows, self.layout, self.blocks, state.keys[0].shape[1], dtype), self.layout.total)
+            self._kernel = compile_kernel(
+                macros(spec, state.rows, self.layout, self.blocks, state.keys[0].shape[1], dtype), self.layout.total
+            )
         self.device = device
         self._logits = torch.zeros(state.rows, spec.vocab_size, dtype=torch.float32, device=device)
         self._nothing = torch.zeros(1, state.rows, dtype=torch.int64, device=device)
@@ -188,6 +209,7 @@ class PersistentDecoder:
         chosen = _table(spec, weights, state, self._buffers, constants, None)
         full = _table(spec, weights, state, self._buffers, constants, self._logits)
         self._tables = {True: chosen.to(device), False: full.to(device)}
+        self._streams: dict[int, Any] = {}
 
     def logits(self, longest: int) -> Tensor:
         """One step: [rows, vocabulary] fp32. Any context that the block table holds is served."""
@@ -196,14 +218,17 @@ class PersistentDecoder:
 
     def greedy(self, out: Tensor) -> bool:
         """``len(out)`` steps in one launch."""
-        self._launch(out, greedy=True)
+        if out.shape[0]:
+            self._launch(out, greedy=True)
         return True
 
     def _launch(self, out: Tensor, *, greedy: bool) -> None:
         import cupy
 
-        table = self._tables[greedy]
-        with cupy.cuda.Device(self.device.index), cupy.cuda.ExternalStream(torch.cuda.current_stream(self.device).cuda_stream):
+        table, stream = self._tables[greedy], torch.cuda.current_stream(self.device).cuda_stream
+        if stream not in self._streams:
+            self._streams[stream] = cupy.cuda.ExternalStream(stream)
+        with cupy.cuda.Device(self.device.index), self._streams[stream]:
             arguments = (table.data_ptr(), out.data_ptr(), cupy.int32(out.shape[0]), cupy.int32(greedy))
             self._kernel((self.blocks,), (THREADS,), arguments, shared_mem=self.layout.total)
 
@@ -218,7 +243,6 @@ def _exchange(spec: ModelSpec, rows: int, blocks: int, device: torch.device) -> 
         "PARTIALS": rows * spec.heads * MAX_SPLITS * (spec.head_dim + 2),
         "BEST": rows * blocks * 2,
         "FLAGS": blocks,
-        "EPOCH": 1,
     }
     return {name: torch.zeros(size, dtype=torch.int64, device=device) for name, size in sizes.items()}
 
@@ -245,12 +269,19 @@ def _table(
     assert head is not None
     assert head.out is not None
     entries = [weights.embed.token, weights.embed.position, *_norm(weights.final_norm), *_linear(head.out)]
-    entries += [state.block_table, state.tokens, state.positions, constants.get("INV_FREQ"), constants.get("SLOPES"), logits]
-    entries += [buffers[name] for name in ("STREAM", "HIDDEN_ACT", "QUERIES", "NEW_KV", "PARTIALS", "BEST", "FLAGS", "EPOCH")]
+    entries += [
+        state.block_table,
+        state.tokens,
+        state.positions,
+        constants.get("INV_FREQ"),
+        constants.get("SLOPES"),
+        logits,
+    ]
+    entries += [buffers[name] for name in ("STREAM", "HIDDEN_ACT", "QUERIES", "NEW_KV", "PARTIALS", "BEST", "FLAGS")]
     words = [_address(entry) for entry in entries] + [state.block_table.shape[1]]
     assert len(words) == POINTERS
     for index, layer in enumerate(weights.layers):
-        words += _layer(layer, state.keys[index], state.values[index]) + [spec.window(index) or 0]
+        words += [*_layer(layer, state.keys[index], state.values[index]), spec.window(index) or 0]
     assert len(words) == POINTERS + len(weights.layers) * LAYER_POINTERS
     return torch.tensor(words, dtype=torch.int64)
 

@@ -95,7 +95,7 @@ GOLDEN: dict[str, tuple[object, list[str]]] = {
             '$.device: got "gpu", wanted one of "auto", "cpu", "cuda" or a numbered GPU such as "cuda:0"; '
             'did you mean "cpu"?',
             '$.precision: got "PF16", wanted one of "auto", "fp32", "bf16", "fp16"; did you mean "fp16"?',
-            '$.kernels: got "Eager", wanted one of "auto", "eager"; did you mean "eager"?',
+            '$.kernels: got "Eager", wanted one of "auto", "eager", "generic", "specialized"; did you mean "eager"?',
         ],
     ),
     "device with a line break": (

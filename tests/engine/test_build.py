@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
-from config_schema import load_config
+from config_schema import Config, load_config
 from engine import build
 from engine.errors import EngineError
 from ops.errors import KernelError
@@ -96,6 +96,40 @@ def test_a_kernel_set_that_refuses_is_passed_over_only_by_auto(monkeypatch: pyte
     object.__setattr__(found.config, "kernels", "picky")
     with pytest.raises(KernelError, match="it never runs"):
         build.plan(found.config)
+
+
+def test_auto_on_a_cpu_means_no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Triton kernels are interpreted, as in tests, an explicit choice gets them and "auto" does not."""
+    monkeypatch.setattr("ops.triton_support.interpreted", lambda: True)
+    found = plan()
+    assert found.kernels == "eager"
+    assert "generic: it needs a CUDA GPU, the device is cpu" in choice(found, "$.kernels").reason
+    assert plan(kernels="generic").kernels == "generic"
+    monkeypatch.setattr("ops.triton_support.interpreted", lambda: False)
+    with pytest.raises(
+        KernelError, match='kernels "generic" need a CUDA GPU, the device is cpu: set "kernels" to "eager"'
+    ):
+        plan(kernels="generic")
+
+
+def test_every_set_has_a_name_in_the_config() -> None:
+    assert {"auto", *build.KERNEL_SETS} <= set(get_args(Config.model_fields["kernels"].annotation))
+    assert build.GPU_SETS.isdisjoint({"eager"})
+
+
+@pytest.mark.parametrize(("missing", "error"), [("triton.language", KernelError), ("yaml", ModuleNotFoundError)])
+def test_a_set_whose_package_is_missing(
+    missing: str, error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lacking_set.py").write_text(f"raise ModuleNotFoundError(name={missing!r})")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(build.KERNEL_SETS, "lacking", ("lacking_set", "Kernels"))  # type: ignore[attr-defined]
+    with pytest.raises(error) as raised:
+        build.kernel_set("lacking")
+    if error is KernelError:
+        assert str(raised.value).startswith(
+            'kernels "lacking" need triton, which is not installed: pip install triton, or'
+        )
 
 
 class Picky:

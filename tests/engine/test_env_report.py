@@ -56,7 +56,7 @@ def test_what_is_missing_is_named_with_what_it_costs(monkeypatch: pytest.MonkeyP
     assert found["packages"]["triton"] is None
     text = " ".join(env_report.as_text(found).split())
     assert "gguf not installed: GGUF checkpoints cannot be read: pip install" in text
-    assert "triton not installed: the kernel sets generic and specialized, which come with later versions" in text
+    assert "triton not installed: the kernel sets generic and specialized need it" in text
     assert "cupy 14" in text or "cupy 13" in text
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.errors import EngineError
-from engine.inference.inputs import rows_from
+from engine.inference.inputs import flat_from, rows_from
 from engine.inference.text import Text
 
 
@@ -69,3 +69,59 @@ def test_outputs_go_back_where_the_padding_was() -> None:
 def test_token_types_follow_the_mask() -> None:
     batch = {"input_ids": [[7, 8, 0]], "attention_mask": [[1, 1, 0]], "token_type_ids": [[0, 1, 0]]}
     assert rows_from(batch, TEXT).types == [[0, 1]]
+
+
+# ---- ids that stay on their device ----
+
+CPU = torch.device("cpu")
+MASKS: dict[str, Any] = {
+    "none": None,
+    "whole": [[1, 1, 1], [1, 1, 1]],
+    "right": torch.tensor([[1, 1, 0], [1, 0, 0]]),
+    "left": torch.tensor([[0.0, 0.0, 1.0], [1.0, 1.0, 1.0]]),
+    "holes": torch.tensor([[True, False, True], [False, True, False]]),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mapped", [True, False])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_a_tensor_gives_the_same_rows_without_lists(mask: str, mapped: bool, dtype: torch.dtype) -> None:
+    ids, types = torch.tensor([[3, 4, 5], [6, 7, 8]], dtype=dtype), torch.tensor([[0, 1, 0], [1, 0, 1]])
+    beside = {"attention_mask": MASKS[mask], "token_type_ids": types}
+    batch, given = ({"input_ids": ids, **beside}, {}) if mapped else (ids, beside)
+    flat, rows = flat_from(batch, CPU, **given), rows_from(batch, TEXT, **given)
+    assert flat is not None
+    assert flat.types is not None
+    assert (flat.ids.dtype, flat.types.dtype) == (torch.int64, torch.int64)
+    assert flat.ids.tolist() == [t for row in rows.ids for t in row]
+    assert flat.types.tolist() == [t for row in rows.types or [] for t in row]
+    assert flat.lengths == tuple(map(len, rows.ids))
+    assert (flat.rows().ids, flat.rows().types) == (rows.ids, rows.types)
+    hidden = torch.arange(1.0, flat.ids.numel() * 2 + 1).view(-1, 2)
+    assert torch.equal(flat.pad(hidden), rows.pad(hidden))
+    assert torch.equal(flat.pad(hidden[:, 0]), rows.pad(hidden[:, 0]))
+
+
+def test_one_sequence_of_ids_needs_no_second_dimension() -> None:
+    flat = flat_from(torch.tensor([5, 6]), CPU)
+    assert flat is not None
+    assert (flat.lengths, flat.shape, flat.types) == ((2,), (1, 2), None)
+
+
+EMPTY, ELSEWHERE = torch.zeros(0, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long, device="meta")
+
+
+@pytest.mark.parametrize("batch", ["a bb", [[1, 2]], {"input_ids": [[1]]}, {"ids": 3}, EMPTY, ELSEWHERE], ids=str)
+def test_whatever_else_is_left_to_the_rows(batch: Any) -> None:
+    assert flat_from(batch, CPU) is None
+
+
+@pytest.mark.parametrize(("batch", "message"), [bad for bad in BAD if isinstance(bad[0], torch.Tensor | dict)],
+                         ids=lambda value: str(value)[:30])  # fmt: skip
+def test_a_tensor_that_is_no_batch_is_refused_alike(batch: Any, message: str) -> None:
+    if isinstance(batch, dict) and "input_ids" in batch:
+        batch = {**batch, "input_ids": torch.tensor(batch["input_ids"])}
+    read = rows_from if isinstance(batch, dict) and "input_ids" not in batch else flat_from
+    with pytest.raises(EngineError, match=message):
+        read(batch, TEXT if read is rows_from else CPU)  # type: ignore[operator]

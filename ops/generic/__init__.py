@@ -1,0 +1,1 @@
+"""The ``generic`` kernel set: cuBLAS for the matrix products, Triton for everything between them."""
