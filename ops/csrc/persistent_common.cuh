@@ -1,10 +1,10 @@
-// The shape of one model and batch, and what a block of the persistent kernel holds. Code is kept small throughout (one copy
-// of each part, loops over phases): a layer that overflowed the instruction cache took three times as long. All macros come from the host
-// (ops/specialized/persistent.py says what each means).
+// The shape of one model and batch, and what a block of the persistent kernel holds. All macros come from the host
+// (ops/specialized/persistent.py says what each means). There is one copy of each part of the code, in loops over phases: a
+// GPT-2 of 189 KB of unrolled code took 336 us a token where 77 KB took 279.
 #pragma once
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS;   // consumers; one more warp feeds the ring
-constexpr int GROUP_ROWS = 32, TILES = GROUP_ROWS / 8;
+constexpr int GROUP_ROWS = 32;                       // rows whose sums are added up together
 constexpr int Q_SIZE = HEADS * HEAD_DIM, KV_SIZE = KV_HEADS * HEAD_DIM;
 constexpr int SHARING = HEADS / KV_HEADS;            // query heads on one KV head
 constexpr int PARTIAL = HEAD_DIM + 2;                // a split's sums, its maximum, its denominator

@@ -9,6 +9,7 @@ vectors through L2. The source says how; this module decides the sizes, compiles
 from __future__ import annotations
 
 import importlib.util
+import logging
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,8 @@ from ops.plan import DecodeState
 from ops.quantization.tensor import QuantizedTensor
 from ops.spec import Activation, ALiBiPositions, LearnedPositions, ModelSpec, RotaryPositions
 from ops.weights import LayerWeights, Linear, ModelWeights, Norm
+
+log = logging.getLogger("slipstream.kernels")
 
 SOURCES = (
     "primitives.cuh", "persistent_common.cuh", "persistent_gemm.cuh", "persistent_attention.cuh", "persistent_decode.cu"
@@ -196,6 +199,7 @@ class PersistentDecoder:
             )
         self.blocks = blocks_for(spec, device)
         self.layout = Layout.of(spec, state.rows, self.blocks)
+        log.info("compiling the decode kernel for %d rows: seconds the first time, cached on disk after", state.rows)
         with torch.cuda.device(device):
             self._kernel = compile_kernel(
                 macros(spec, state.rows, self.layout, self.blocks, state.keys[0].shape[1], dtype), self.layout.total
