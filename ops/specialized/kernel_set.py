@@ -37,7 +37,7 @@ class SpecializedKernels(GenericKernels):
     def plan(self, spec: ModelSpec, weights: ModelWeights, bucket: Bucket, collective: Collective) -> StepPlan:
         """The encoder path for encoders; else the macro-ops one by one."""
         walked = super().plan(spec, weights, bucket, collective)
-        if spec.causal or bucket.kind != "encode":
+        if spec.causal or bucket.kind != "encode" or collective.size > 1:
             return walked
         return encoder.encoder_step_plan(spec, weights, self, walked.launches)
 
