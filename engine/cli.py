@@ -1,7 +1,8 @@
-"""The command line: ``slipstream run, validate, explain, verify, schema, env``; ``python -m engine`` is the same.
+"""The command line: ``slipstream run, validate, explain, verify, bench, schema, env``, or ``python -m engine``.
 
-Exit codes: 0 done; 1 a bug, or ``verify`` found a difference; 2 the user can put it right (a line for each problem, no
-traceback); 130 interrupted; 141 whoever read stdout went away. torch is imported by the commands that need it alone.
+Exit codes: 0 done; 1 a bug, or ``verify`` found a difference, or ``bench`` could measure nothing; 2 the user can put it
+right (a line for each problem, no traceback); 130 interrupted; 141 whoever read stdout went away. torch is imported by
+the commands that need it alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import NoReturn
 
 from config_schema import SCHEMA_PATH, SlipstreamError, load_config, schema_text
 from engine import __version__
+from engine.bench import options as bench_options
 
 PROG = "slipstream"
 BUG, USER_ERROR, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
@@ -69,6 +71,7 @@ examples:
 
 Runs the checkpoint here and in Hugging Face transformers, and compares.
 """,
+    "bench": bench_options.EXAMPLES,
     "schema": """\
 examples:
   slipstream schema > slipstream.schema.json
@@ -233,6 +236,12 @@ def _verify(options: argparse.Namespace) -> int:
     return 0 if found.ok else 1
 
 
+def _bench(options: argparse.Namespace) -> int:
+    from engine.bench.command import bench
+
+    return bench(options)
+
+
 def _schema(options: argparse.Namespace) -> int:
     print(SCHEMA_PATH if options.path else schema_text().rstrip("\n"))
     return 0
@@ -254,6 +263,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], int]]] = {
     "validate": ("say all that is wrong with config files", _validate),
     "explain": ('print a config with every "auto" decided, and why', _explain),
     "verify": ("compare the outputs with Hugging Face's", _verify),
+    "bench": ("measure speed beside the floor and beside peers", _bench),
     "schema": ("print the JSON Schema of the config", _schema),
     "env": ("say what is on this machine, and what is missing", _env),
 }
@@ -299,6 +309,11 @@ def _takes_dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check config, job and checkpoint; read no weights")
 
 
+def _takes_bench(parser: argparse.ArgumentParser) -> None:
+    _takes_config(parser)
+    bench_options.add(parser)
+
+
 def _takes_path(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--path", action="store_true", help="print where the schema's file is")
 
@@ -312,6 +327,7 @@ OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "validate": _takes_configs,
     "explain": _takes_config,
     "verify": _takes_config,
+    "bench": _takes_bench,
     "schema": _takes_path,
     "env": _takes_json,
 }

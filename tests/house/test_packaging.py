@@ -95,7 +95,7 @@ def test_metadata(wheel):
     assert wheel.name.startswith(f"{DISTRIBUTION}-{version}-py3-none-any")
     required = [value.split(";")[0].strip() for value in metadata.get_all("Requires-Dist")]
     assert not [name for name in required if re.match(r"cupy($|[^-])", name)], "plain cupy has no wheels"
-    assert {"cuda12", "cuda13", "gguf", "test", "dev"} <= set(metadata.get_all("Provides-Extra"))
+    assert {"cuda12", "cuda13", "gguf", "report", "test", "dev"} <= set(metadata.get_all("Provides-Extra"))
     assert "slipstream = engine.cli:main" in read(wheel, ".dist-info/entry_points.txt")
 
 
