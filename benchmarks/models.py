@@ -93,7 +93,7 @@ def measure(chosen: argparse.Namespace, pool: Pool) -> list[Row]:
         print(f"{found.device}: {report.rates_in_words(model.rates, model.subject.precision)}", flush=True)
     runs = [(job, model) for model in models for job in command.jobs(model, chosen.kernels, chosen.against, chosen)]
     places = {id(job): place for place, (job, _) in enumerate(runs)}
-    context = command.context_of(found, "python", "-m", "benchmarks.models")
+    context = command.context_of(found, ["python", "-m", "benchmarks.models", *sys.argv[1:]])
     rows: dict[int, list[Row]] = {}
     on_gpu = any(model.subject.device.startswith("cuda") for model in models)
     together = chosen.together or (8 if on_gpu else 1)

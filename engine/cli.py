@@ -102,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _refuse_unknown_command(arguments)
         options = _parser().parse_args(arguments)
+        options.arguments = arguments
     except SlipstreamError as error:
         return _user_error(error)
     except SystemExit as stop:  # argparse's way to end after --help, --version or an error

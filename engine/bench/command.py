@@ -61,7 +61,7 @@ def bench(options: argparse.Namespace) -> int:
         raise EngineError(model)
     print(heading(model, found.device), flush=True)
     rows: list[Row] = []
-    context = context_of(found, "slipstream")
+    context = context_of(found, ["slipstream", *options.arguments])
     for job in jobs(model, options.kernels or (config.kernels,), options.against, options):
         outcome = measure(pool, [job])[0]
         rows += report.rows(outcome, model.works, model.rates, context)
@@ -109,10 +109,10 @@ def _model(found: Mapping[str, Any], rates: Mapping[str, Mapping[str, float]]) -
     return Model(subject, cases, tuple(found["works"]), rates[subject.precision], found["weight_bytes"])
 
 
-def context_of(found: Survey, *program: str) -> Context:
-    """What the rows say of when and where; the command as it was typed behind ``program``."""
+def context_of(found: Survey, command: Sequence[str]) -> Context:
+    """What the rows say of when and where, and the words of the command as it was typed."""
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    return Context(date, found.device, found.versions, shlex.join([*program, *sys.argv[1:]]))
+    return Context(date, found.device, found.versions, shlex.join(command))
 
 
 def heading(model: Model, device: str) -> str:

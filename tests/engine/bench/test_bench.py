@@ -68,7 +68,7 @@ def test_a_decoder_beside_its_peers(config: Path, tmp_path: Path, capsys: pytest
     for row in rows:
         assert (row["kind"], row["tokens"], row["new"], row["precision"]) == ("decode", 16, 8, "fp32")
         assert row["floor_ms"] == pytest.approx(max(row["bytes"] / row["read"], row["flops"] / row["rate"]) * 1e3)
-        assert row["command"].startswith("slipstream ")
+        assert row["command"].startswith(f"slipstream bench {config} --")
         assert row["device"]
         assert f"torch {torch.__version__}" in row["versions"]
         assert row["date"].endswith("+00:00")
