@@ -48,5 +48,5 @@ class SpecializedKernels(GenericKernels):
             reason = persistent.unfit(spec, state.rows, state.keys[0].device)
         if reason is None:
             return persistent.PersistentDecoder(spec, weights, state)
-        log.info("decode steps of %d rows run as in generic: %s", state.rows, reason)
+        log.warning("decode steps of %d rows run as in generic: %s", state.rows, reason)
         return super().decoder(spec, weights, state, collective)

@@ -27,7 +27,8 @@ from ops.weights import LayerWeights, Linear, ModelWeights, Norm
 log = logging.getLogger("slipstream.kernels")
 
 SOURCES = (
-    "primitives.cuh", "persistent_common.cuh", "persistent_gemm.cuh", "persistent_attention.cuh", "persistent_decode.cu"
+    "primitives.cuh", "persistent_common.cuh", "persistent_gemm.cuh", "persistent_attention.cuh",
+    "persistent_stream.cuh", "persistent_decode.cu"
 )  # fmt: skip
 ACTIVATIONS: dict[Activation, int] = {"gelu": 0, "gelu_tanh": 1, "quick_gelu": 2, "relu": 3, "silu": 4, "tanh": 5}
 #: Batches it is compiled for; a batch between two of them takes the larger.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -221,6 +222,8 @@ def test_the_static_step_is_the_model_s_next_one_and_can_be_repeated(kind: str) 
         peer = peers.Inductor(Job("inductor", subject(kind, "causal_lm"), (case,)))
         call, before = peer._step(case)
     except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+        if int(importlib.metadata.version("transformers").partition(".")[0]) >= 5:
+            raise  # only old ones may have no static cache for some family
         pytest.skip(f"this transformers has no static cache for {kind}: {error}")
     ids = peers.random_ids(case, peer.vocab)
     with torch.inference_mode():
