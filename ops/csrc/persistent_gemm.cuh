@@ -1,86 +1,72 @@
 // y = x W^T for a few rows of x, the weight streamed through a ring in shared memory by one warp that never waits for
 // anything but room: it runs ahead over the phases of a layer, over layers and over tokens, so that memory is never idle.
 //
-// A block owns consecutive *units* of output rows (one row; a rotary pair; a gate with its up), takes them in groups of up to
-// GROUP_ROWS rows, and those in tiles of 8. A stage of the ring holds the same columns of a tile's rows; the warps share a
-// stage's columns by blocks of 32, and add up their sums at the end of a group. In a block of 32 columns lane (quad, place)
-// reads 16 bytes of row `quad` at column 8 * place: as a fragment of two m16n8k16 products these are not the columns that the
-// instruction means, but x is read in the same order, and a sum does not mind.
+// The stages of a group come columns first, then tiles, so that what a warp has read of x serves all tiles of the group. The
+// warps share a stage's columns by blocks of 32, and add up their sums at the end of a group. In a block of 32 columns lane
+// (quad, place) reads 16 bytes, words w0 to w3, of row `quad` at column 8 * place. These are not the columns that m16n8k16 means,
+// but x is read in the same order, and a sum does not mind.
+//
+// Up to 8 tokens the four words are operand A as they are: the instruction takes w0 and w2 for row `quad`, w1 and w3 for row
+// `quad + 8`. With x0 and x2 as B it gives the first half of the sum in row `quad`, with x1 and x3 the second half in row
+// `quad + 8`; what it puts into the other row each time is not looked at. No register is moved. x lies in shared memory in the
+// order x0 x2 x1 x3. From 9 tokens on the tokens are A's 16 rows.
 #pragma once
 
-__device__ __forceinline__ Slab slab_of(const Block& b, int kind) {
-    const Shape shape = shape_of(kind);
-    Slab s;
-    s.first = (u32)(b.id * shape.units) / BLOCKS;
-    s.units = (u32)((b.id + 1) * shape.units) / BLOCKS - s.first;
-    s.groups = (s.units * shape.unit + GROUP_ROWS - 1) / GROUP_ROWS;
-    s.per = s.groups ? (s.units + s.groups - 1) / s.groups : 0;
-    return s;
+template <int KIND>
+__device__ __forceinline__ const u16* weight_of(const Block& b, int layer) {
+    if (KIND == HEAD) return b.weight(HEAD_WEIGHT);
+    return b.layer_weight(layer, KIND == QKV ? QKV_WEIGHT : KIND == OUT ? OUT_WEIGHT : KIND == UP ? UP_WEIGHT : DOWN_WEIGHT);
 }
 
-// Few equal stages a row, since a bulk copy costs the same whatever its length; a pitch that is odd in units of 64 bytes
-// keeps two rows out of each other's banks.
-__device__ __forceinline__ Cut cut_of(int kind, int rows) {
-    const int k = shape_of(kind).k;
-    int most = ((STAGE_BYTES / (u32)rows - 64) / 2) & ~31;
-    if (DOWN_DIRECT && kind == DOWN) most = min(most, DIRECT_COLUMNS);
-    const u32 stages = (u32)(k + most - 1) / (u32)most;
-    const int columns = ((u32)(k + stages - 1) / stages + 31) & ~31;
-    return {columns, 2 * columns + (columns % 64 ? 0 : 64)};
+// Before a stage is asked for, all but the last few must have come: more would come no sooner, and whatever blocks send each other
+// meanwhile would stand in line behind them.
+__device__ __forceinline__ void await_arrivals(const Block& b) {
+    if (IN_FLIGHT >= STAGES) return;
+    const bool wraps = b.stage < IN_FLIGHT;   // the first round's waits end at once: those barriers' phases before were even
+    barrier_wait(b.address(FULL_AT) + 8 * (wraps ? b.stage + STAGES - IN_FLIGHT : b.stage - IN_FLIGHT), b.parity ^ wraps);
 }
 
-// Once a launch, into shared memory: a division by what is not constant takes hundreds of cycles, and every tile would need
-// three.
-__device__ __forceinline__ void tabulate(Block& b) {
-    if (b.thread < 5) b.slabs[b.thread] = slab_of(b, b.thread);
-    if (b.thread >= 32 && b.thread < 32 + 45) {
-        const int i = b.thread - 32;
-        b.cuts[i] = i % 9 ? cut_of(i / 9, i % 9) : Cut{0, 0};
-    }
-}
-
-// Which row of the weight is the i-th of a unit.
-__device__ __forceinline__ int row_of(int kind, int unit, int i) {
-    if (kind == QKV) {   // pairs that rotary embedding turns together; without it, neighbours
-        const int head = unit / (HEAD_DIM / 2), j = unit % (HEAD_DIM / 2);
-        const bool halves = ROTARY_DIM > 0 && !ROTARY_INTERLEAVED && j < ROTARY_DIM / 2;
-        return head * HEAD_DIM + (halves ? j + i * (ROTARY_DIM / 2) : 2 * j + i);
-    }
-    if (kind == UP) return GATED ? (i / 2) * FFN + 2 * unit + i % 2 : 2 * unit + i;
-    return unit;
-}
-
-__device__ __forceinline__ const u16* weight_of(const Block& b, int kind, int layer) {
-    if (kind == HEAD) return b.weight(HEAD_WEIGHT);
-    return b.layer_weight(layer, kind == QKV ? QKV_WEIGHT : kind == OUT ? OUT_WEIGHT : kind == UP ? UP_WEIGHT : DOWN_WEIGHT);
-}
-
-// The feeding warp.
-__device__ __forceinline__ void feed_all(Block& b, int steps) {
-    const u64 policy = read_once_policy();
-    for (int product = 0, left = steps; left; product = product == 4 * LAYERS ? left -= 1, 0 : product + 1) {
-        const int kind = product == 4 * LAYERS ? HEAD : product % 4;
-        const Shape shape = shape_of(kind);
-        const Slab s = b.slabs[kind];
-        const int unit_shift = shape.unit == 4 ? 2 : shape.unit - 1;
-        const u16* weight = weight_of(b, kind, product / 4);
-        for (int group = 0; group < s.groups; ++group) {
-            const int unit = s.first + group * s.per, rows = min(s.per, s.first + s.units - unit) * shape.unit;
-            for (int row0 = 0; row0 < rows; row0 += 8) {
-                const int now = min(8, rows - row0), row = row0 + b.lane;
-                const Cut cut = b.cuts[kind * 9 + now];
-                const u16* from = weight;
-                if (b.lane < now) from += (size_t)row_of(kind, unit + (row >> unit_shift), row & (shape.unit - 1)) * shape.k;
-                for (int k = 0; k < shape.k; k += cut.columns) {
-                    const u32 bytes = 2 * min(cut.columns, shape.k - k), full = b.full + 8 * b.stage;
-                    barrier_wait(b.empty + 8 * b.stage, b.parity ^ 1);
-                    if (b.lane == 0) barrier_expect(full, now * bytes);
-                    __syncwarp();
-                    if (b.lane < now) bulk_copy(b.ring + b.stage * STAGE_BYTES + b.lane * cut.pitch, from + k, bytes, full, policy);
-                    b.next_stage();
+// The feeding warp, for one product.
+template <int KIND>
+__device__ __forceinline__ void feed(Block& b, int layer, u64 policy) {
+    using P = Product<KIND>;
+    const u16* weight = weight_of<KIND>(b, layer);
+    const int first = P::first(b.id), last = P::first(b.id + 1);
+#pragma unroll 1
+    for (int unit0 = first; unit0 < last; unit0 += P::PER) {
+        const int rows = min(P::PER, last - unit0) * P::UNIT;
+#pragma unroll 1
+        for (int k = 0; k < P::K; k += P::COLUMNS) {
+            const u32 bytes = 2 * min(P::COLUMNS, P::K - k);
+#pragma unroll 1
+            for (int row0 = 0; row0 < rows; row0 += P::TALL) {
+                const int now = min(P::TALL, rows - row0), row = row0 + b.lane;
+                const u32 full = b.address(FULL_AT) + 8 * b.stage;
+                await_arrivals(b);
+                barrier_wait(b.address(EMPTY_AT) + 8 * b.stage, b.parity ^ 1);
+                if (b.lane == 0) barrier_expect(full, now * bytes);
+                __syncwarp();
+                if (b.lane < now) {
+                    const u16* from = weight + (size_t)P::row(unit0 + row / P::UNIT, row % P::UNIT) * P::K + k;
+                    bulk_copy(b.address(0) + b.stage * STAGE_BYTES + b.lane * P::PITCH, from, bytes, full, policy);
                 }
+                b.next_stage();
             }
         }
+    }
+}
+
+__device__ __forceinline__ void feed_all(Block& b, int steps) {
+    const u64 policy = read_once_policy();
+    for (; steps; --steps) {
+#pragma unroll 1
+        for (int layer = 0; layer < LAYERS; ++layer) {
+            feed<QKV>(b, layer, policy);
+            feed<OUT>(b, layer, policy);
+            feed<UP>(b, layer, policy);
+            feed<DOWN>(b, layer, policy);
+        }
+        feed<HEAD>(b, 0, policy);
     }
 }
 
@@ -88,113 +74,170 @@ struct Fragment {
     uint4 low, high;   // 8 columns of token `quad`, and of token `quad + 8`
 };
 
+// Eight columns of x in the order in which products() takes them.
+__device__ __forceinline__ uint4 in_order(uint4 v) { return M > 8 ? v : make_uint4(v.x, v.z, v.y, v.w); }
+
+// x from where it is staged. Lanes of tokens that are not there read some that are: their products are never looked at.
+template <int KIND>
+__device__ __forceinline__ Fragment staged_fragment(const Block& b, int k) {
+    constexpr int PITCH = pitch_of(Product<KIND>::K);
+    const u32 at = b.address(STAGED_AT) + b.quad % M * PITCH + 16 * b.place + 2 * k;
+    return {load_shared(at), M > 8 ? load_shared(at + 8 * PITCH) : make_uint4(0, 0, 0, 0)};
+}
+
+// x from L2, where every word of it has arrived.
 __device__ __forceinline__ Fragment direct_fragment(const Block& b, int k) {
-    const u16* x = (const u16*)b.table[HIDDEN_ACT];
-    Fragment f = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
-    const int at = k + 8 * b.place;
-    if (at >= FFN) return f;
-    if (b.quad < M) f.low = load_l2(x + (size_t)b.quad * FFN + at);
-    if (M > 8) f.high = load_l2(x + (size_t)(b.quad + 8) * FFN + at);
-    return f;
+    const u32* x = ActivationExchange::incoming(b) + b.quad % M * (FFN / 2) + k / 2 + 4 * b.place;
+    if (k + 8 * b.place >= FFN) return {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
+    return {in_order(load_l2(x)), M > 8 ? load_l2(x + 8 * (FFN / 2)) : make_uint4(0, 0, 0, 0)};
 }
 
-// 32 columns of a tile. Even and odd products go to sums of their own: shorter chains.
-__device__ __forceinline__ void products(const Fragment& x, uint4 w, float* even, float* odd) {
-    mma(even, x.low.x, x.high.x, x.low.y, x.high.y, w.x, w.y);
-    mma(odd, x.low.z, x.high.z, x.low.w, x.high.w, w.z, w.w);
+// The i-th block of 32 columns that this warp takes of the COLUMNS at k0; they go round, so that every warp gets its share of a
+// long row. Where there is none it is another one, and x counts as zero: a product costs less than a branch around it.
+struct Pick {
+    int block;
+    bool counts;
+};
+
+template <int KIND>
+__device__ __forceinline__ Pick pick(const Block& b, int k0, int i) {
+    using P = Product<KIND>;
+    constexpr int REST = P::K % P::COLUMNS, LEAST = ceil_div(REST ? REST : P::COLUMNS, 32);
+    const int block = ((b.warp - k0 / 32) & (WARPS - 1)) + i * WARPS;
+    if (i * WARPS + WARPS <= LEAST) return {block, true};
+    const int end = REST ? ceil_div(min(P::COLUMNS, P::K - k0), 32) : P::COLUMNS / 32;
+    return {min(block, end - 1), block < end};
 }
 
-// This warp's share of one stage, x from shared memory at `x` (rows of `pitch` bytes; lanes without a token read zeros at one
-// place, `moves` being 0 for them), the weight at `w`.
-__device__ __forceinline__ void stage_products(
-    const Block& b, int k, int k0, int columns, u32 x, u32 pitch, u32 moves, u32 w, float* even, float* odd) {
-    const int blocks = (min(columns, k - k0) + 31) / 32;
-#pragma unroll 2
-    for (int block = (b.warp - k0 / 32) & (WARPS - 1); block < blocks; block += WARPS) {
-        const u32 at = x + ((2 * (k0 + 32 * block)) & moves);
-        Fragment f = {load_shared(at), make_uint4(0, 0, 0, 0)};
-        if (M > 8) f.high = load_shared(at + 8 * pitch);
-        uint4 weight = load_shared(w + 64 * block);
-        if (RAGGED && k0 + 32 * block + 8 * b.place >= k) weight = make_uint4(0, 0, 0, 0);
-        products(f, weight, even, odd);
+template <int KIND>
+__device__ __forceinline__ void load_x(const Block& b, int k0, Fragment* x) {
+    using P = Product<KIND>;
+#pragma unroll
+    for (int i = 0; i < P::BLOCKS_A_WARP; ++i) {
+        const Pick p = pick<KIND>(b, k0, i);
+        x[i] = P::DIRECT ? direct_fragment(b, k0 + 32 * p.block) : staged_fragment<KIND>(b, k0 + 32 * p.block);
+        if (!p.counts) x[i].low = x[i].high = make_uint4(0, 0, 0, 0);
     }
 }
 
-// Sums of this warp's columns for one tile of `rows` rows.
-__device__ __forceinline__ void tile_sums(
-    Block& b, const Shape& shape, const Cut& cut, int rows, bool direct, float* even, float* odd) {
-    const u32 offset = min(b.quad, rows - 1) * cut.pitch + 16 * b.place, pitch = staged_pitch(shape.k);
-    const u32 x = b.quad < M ? b.staged + b.quad * pitch + 16 * b.place : b.zeros, moves = b.quad < M ? ~0u : 0u;
-#if DOWN_DIRECT
-    constexpr int MOST = DIRECT_COLUMNS / 32 / WARPS;
-    Fragment next[MOST];
+// ---- the ring, as the consuming warps see it: several stages at a time, each lane waits for one or gives one back ----
+
+__device__ __forceinline__ u32 stage_behind(const Block& b, int n) { return b.stage + n >= STAGES ? b.stage + n - STAGES : b.stage + n; }
+
+__device__ __forceinline__ void await_stages(const Block& b, int count) {
+    const int n = min(b.lane, count - 1);
+    barrier_wait(b.address(FULL_AT) + 8 * stage_behind(b, n), b.parity ^ (b.stage + n >= STAGES));
+    __syncwarp();
+}
+
+__device__ __forceinline__ void give_back(const Block& b, u32 first, int count) {
+    const u32 n = first + b.lane;
+    if (b.lane < count) barrier_arrive(b.address(EMPTY_AT) + 8 * (n >= STAGES ? n - STAGES : n));
+}
+
+// Gives back what was read of the products before. Where a layer fits in the ring there is no hurry, and the refill is kept out
+// of the way of what blocks send each other, which would stand in line behind it: so this is called when x has come.
+__device__ __forceinline__ void return_stages(Block& b) {
+    if (!DEFER) return;
+    give_back(b, stage_behind(b, STAGES - b.owed), b.owed);
+    b.owed = 0;
+}
+
+template <int KIND>
+__device__ __forceinline__ void end_stages(Block& b, int count) {
+    __syncwarp();
+    if (Product<KIND>::DEFERRED) b.owed += count;
+    else give_back(b, b.stage, count);
+    b.stage += count;
+    if (b.stage >= STAGES) b.stage -= STAGES, b.parity ^= 1;
+}
+
+// One product of 32 columns: its halves go to sums of their own, for shorter chains.
+__device__ __forceinline__ void products(const Fragment& x, uint4 w, float (*sums)[4]) {
+    if (M > 8) {
+        mma(sums[0], x.low.x, x.high.x, x.low.y, x.high.y, w.x, w.y);
+        mma(sums[1], x.low.z, x.high.z, x.low.w, x.high.w, w.z, w.w);
+    } else {
+        mma(sums[0], w.x, w.y, w.z, w.w, x.low.x, x.low.y);
+        mma(sums[1], w.x, w.y, w.z, w.w, x.low.z, x.low.w);
+    }
+}
+
+// All tiles of a group by the columns at k0. A short group's missing tiles are multiplied too, whatever lies in their place.
+template <int KIND>
+__device__ __forceinline__ void multiply_columns(Block& b, int k0, int tiles, const Fragment* x, float (*sums)[2][4]) {
+    using P = Product<KIND>;
+    const u32 lane_at = b.address(0) + min(b.quad, P::TALL - 1) * P::PITCH + 16 * b.place;
+    uint4 w[P::TILES][P::BLOCKS_A_WARP];
+    await_stages(b, tiles);
 #pragma unroll
-    for (int i = 0; i < MOST; ++i)
-        if (direct) next[i] = direct_fragment(b, 32 * (b.warp + i * WARPS));
-#endif
-    for (int k0 = 0; k0 < shape.k; k0 += cut.columns) {
-        const u32 at = b.ring + b.stage * STAGE_BYTES + offset;
-#if DOWN_DIRECT
-        if (direct) {
-            const int first = (b.warp - k0 / 32) & (WARPS - 1), blocks = (min(cut.columns, shape.k - k0) + 31) / 32;
-            const int k1 = k0 + cut.columns, first1 = (b.warp - k1 / 32) & (WARPS - 1);
-            Fragment now[MOST];
+    for (int tile = 0; tile < P::TILES; ++tile) {
+        const u32 at = lane_at + stage_behind(b, tile) * STAGE_BYTES;
 #pragma unroll
-            for (int i = 0; i < MOST; ++i) now[i] = next[i], next[i] = direct_fragment(b, k1 + 32 * (first1 + i * WARPS));
-            barrier_wait(b.full + 8 * b.stage, b.parity);
-#pragma unroll
-            for (int i = 0; i < MOST; ++i) {
-                const int block = first + i * WARPS;
-                if (block >= blocks) continue;
-                uint4 w = load_shared(at + 64 * block);
-                if (RAGGED && k0 + 32 * block + 8 * b.place >= shape.k) w = make_uint4(0, 0, 0, 0);
-                products(now[i], w, even, odd);
-            }
-        } else
-#endif
-        {
-            barrier_wait(b.full + 8 * b.stage, b.parity);
-            stage_products(b, shape.k, k0, cut.columns, x, pitch, moves, at, even, odd);
+        for (int i = 0; i < P::BLOCKS_A_WARP; ++i) {
+            const int block = pick<KIND>(b, k0, i).block;
+            w[tile][i] = load_shared(at + 64 * block);
+            if (P::K % 32 && k0 + 32 * block + 8 * b.place >= P::K) w[tile][i] = make_uint4(0, 0, 0, 0);
         }
-        __syncwarp();
-        if (b.lane == 0) barrier_arrive(b.empty + 8 * b.stage);
-        b.next_stage();
     }
+    end_stages<KIND>(b, tiles);
+#pragma unroll
+    for (int i = 0; i < P::BLOCKS_A_WARP; ++i)
+#pragma unroll
+        for (int tile = 0; tile < P::TILES; ++tile) products(x[i], w[tile][i], sums[tile]);
+}
+
+// A warp's sums to [M][GROUP_ROWS], row after row without a gap between tiles.
+template <int KIND>
+__device__ __forceinline__ void store_sums(const Block& b, const float (*sums)[2][4], float* to) {
+    using P = Product<KIND>;
+#pragma unroll
+    for (int tile = 0; tile < P::TILES; ++tile)
+#pragma unroll
+        for (int i = 0; i < (M > 8 ? 4 : 2); ++i) {
+            const int row = M > 8 ? 2 * b.place + i % 2 : b.quad, token = M > 8 ? b.quad + i / 2 * 8 : 2 * b.place + i;
+            const float sum = sums[tile][0][i] + sums[tile][1][M > 8 ? i : i + 2];
+            if (row < P::TALL && token < M) to[token * GROUP_ROWS + P::TALL * tile + row] = sum;
+        }
 }
 
 // A product, group by group; `finish(item, m, unit, sums)` gets the sums of one unit's rows (up to 4) for token m.
-template <class Finish>
-__device__ __forceinline__ void multiply(Block& b, int kind, Finish finish) {
-    constexpr int ITEMS = (M * GROUP_ROWS + THREADS - 1) / THREADS;
-    const Shape shape = shape_of(kind);
-    const Slab s = b.slabs[kind];
-    const int shift = shape.unit == 4 ? 3 : shape.unit == 2 ? 4 : 5;   // log2 of the units of a full group
-    for (int group = 0; group < s.groups; ++group) {
-        const int unit0 = s.first + group * s.per, units = min(s.per, s.first + s.units - unit0), rows = units * shape.unit;
-        float* red = b.red + b.red_turn * (WARPS * M * GROUP_ROWS);
+template <int KIND, class Finish>
+__device__ __forceinline__ void multiply(Block& b, Finish finish) {
+    using P = Product<KIND>;
+    constexpr int SLOTS = GROUP_ROWS / P::UNIT, ITEMS = ceil_div(M * SLOTS, THREADS);
+    const int last = P::first(b.id + 1);
+#pragma unroll 1
+    for (int unit0 = P::first(b.id); unit0 < last; unit0 += P::PER) {
+        const int units = min(P::PER, last - unit0), tiles = ceil_div(units * P::UNIT, P::TALL);
+        float* red = b.red() + b.red_turn * (WARPS * M * GROUP_ROWS);
         if (RED_BUFFERS == 2) b.red_turn ^= 1;
         else consumers_sync();   // the sums of the group before have been read
-        float* mine = red + (b.warp * M + b.quad) * GROUP_ROWS + 2 * b.place;
-        for (int row0 = 0; row0 < rows; row0 += 8) {
-            float even[4] = {}, odd[4] = {};
-            const int now = min(8, rows - row0);
-            tile_sums(b, shape, b.cuts[kind * 9 + now], now, DOWN_DIRECT && kind == DOWN, even, odd);
-            if (b.quad < M) *(float2*)(mine + row0) = make_float2(even[0] + odd[0], even[1] + odd[1]);
-            if (M > 8) *(float2*)(mine + 8 * GROUP_ROWS + row0) = make_float2(even[2] + odd[2], even[3] + odd[3]);
+        float sums[P::TILES][2][4] = {};
+        Fragment x[P::BLOCKS_A_WARP], next[P::DIRECT ? P::BLOCKS_A_WARP : 1];
+        if (P::DIRECT) load_x<KIND>(b, 0, x);
+#pragma unroll 1
+        for (int k0 = 0; k0 < P::K; k0 += P::COLUMNS) {
+            if (!P::DIRECT) load_x<KIND>(b, k0, x);
+            else if (k0 + P::COLUMNS < P::K) load_x<KIND>(b, k0 + P::COLUMNS, next);
+            multiply_columns<KIND>(b, k0, tiles, x, sums);
+            if (P::DIRECT)
+#pragma unroll
+                for (int i = 0; i < P::BLOCKS_A_WARP; ++i) x[i] = next[i];
         }
+        store_sums<KIND>(b, sums, red + b.warp * M * GROUP_ROWS);
         consumers_sync();
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
-            const int item = b.thread + i * THREADS, m = item >> shift, unit = item & ((1 << shift) - 1);
+            const int item = b.thread + i * THREADS, m = item / SLOTS, unit = item % SLOTS;
             if (m >= M || unit >= units) continue;
-            float sums[4] = {};
-            const float* from = red + m * GROUP_ROWS + unit * shape.unit;
+            float total[4] = {};
+            const float* from = red + m * GROUP_ROWS + unit * P::UNIT;
 #pragma unroll
             for (int warp = 0; warp < WARPS; ++warp)
 #pragma unroll
-                for (int row = 0; row < 4; ++row)
-                    if (row < shape.unit) sums[row] += from[warp * M * GROUP_ROWS + row];
-            finish(i, m, unit0 + unit, sums);
+                for (int row = 0; row < P::UNIT; ++row) total[row] += from[warp * M * GROUP_ROWS + row];
+            finish(i, m, unit0 + unit, total);
         }
     }
 }

@@ -1,151 +1,126 @@
-// What stands before a product: the residual stream normalized, or the activations, as x in shared memory.
+// What stands before a product: the residual stream normalized, or 16-bit activations, as x in shared memory.
 #pragma once
 
-struct Pair {
-    float x, y;
-};
+// The stream's row as one thread sees it: four elements at 4 * (at + i * WIDTH).
+constexpr int NORM_ROWS = smaller(M, WARPS), WARPS_A_ROW = WARPS / NORM_ROWS, WIDTH = 32 * WARPS_A_ROW;
+constexpr int FOURS = HIDDEN / 4, EACH_FOUR = ceil_div(FOURS, WIDTH), HELD = smaller(EACH_FOUR, 16);
 
-__device__ __forceinline__ Pair embedded(const Block& b, int m, int k) {
-    const u32 token = __ldg((const u32*)(b.weight(TOKEN_TABLE) + (size_t)b.tokens[m] * HIDDEN + k));
-    Pair v = {low_of(token) * EMBEDDING_SCALE, high_of(token) * EMBEDDING_SCALE};
-    if (LEARNED_POSITIONS) {
-        const size_t row = b.positions[m] + POSITION_OFFSET;
-        const u32 position = __ldg((const u32*)(b.weight(POSITION_TABLE) + row * HIDDEN + k));
-        v.x += low_of(position), v.y += high_of(position);
-    }
-    return v;
-}
-
-// A row's elements as one thread sees them: pairs at 2 * (at + i * WIDTH).
-constexpr int NORM_ROWS = M < WARPS ? M : WARPS, WARPS_A_ROW = WARPS / NORM_ROWS, WIDTH = 32 * WARPS_A_ROW;
-constexpr int PAIRS = (HIDDEN / 2 + WIDTH - 1) / WIDTH, MOST_HELD = FLAGGED ? 8 : 32, HELD = PAIRS < MOST_HELD ? PAIRS : MOST_HELD;
-
-// Pairs [from, from + HELD) of row m.
-__device__ __forceinline__ void load_pairs(const Block& b, bool embed, int m, int at, int from, Pair* held) {
-    if (embed) {
-#pragma unroll
-        for (int i = 0; i < HELD; ++i) {
-            const int k = 2 * (at + (from + i) * WIDTH);
-            held[i] = {0.f, 0.f};
-            if (k < HIDDEN) held[i] = embedded(b, m, k);
-        }
-        return;
-    }
-    Words words[HELD];
+// Elements [from, from + HELD) of row m, awaited.
+__device__ __forceinline__ void load_row(const u32* row, int at, int from, uint4* held) {
     await_all([&] {
         bool all = true;
 #pragma unroll
-        for (int i = 0; i < HELD; ++i) {
-            const int k = min(2 * (at + (from + i) * WIDTH), HIDDEN - 2);
-            words[i] = peek2(b, STREAM, (size_t)m * HIDDEN + k);
-        }
+        for (int i = 0; i < HELD; ++i) held[i] = peek4(row + 4 * min(at + (from + i) * WIDTH, FOURS - 1));
 #pragma unroll
-        for (int i = 0; i < HELD; ++i) all &= arrived(b, words[i]);
+        for (int i = 0; i < HELD; ++i) all &= arrived(held[i]);
         return all;
     });
-#pragma unroll
-    for (int i = 0; i < HELD; ++i) {
-        const float2 v = floats_of(words[i]);
-        held[i] = {v.x, v.y};
-    }
 }
 
 // Sums over the threads of a row.
-__device__ __forceinline__ void row_sums(Block& b, float& sum, float& square) {
+__device__ __forceinline__ float2 row_sums(Block& b, float sum, float square) {
 #pragma unroll
     for (int step = 16; step; step >>= 1) {
-        sum += __shfl_xor_sync(~0u, sum, step);
+        if (!RMS_NORM) sum += __shfl_xor_sync(~0u, sum, step);
         square += __shfl_xor_sync(~0u, square, step);
     }
-    if (WARPS_A_ROW == 1) return;
-    if (b.lane == 0) b.stats[2 * b.warp] = sum, b.stats[2 * b.warp + 1] = square;
+    if (WARPS_A_ROW == 1) return make_float2(sum, square);
+    if (b.lane == 0) b.stats()[b.warp] = make_float2(sum, square);
     consumers_sync();
-    sum = square = 0.f;
-    const int first = b.warp / WARPS_A_ROW * WARPS_A_ROW;
-    for (int w = first; w < first + WARPS_A_ROW; ++w) sum += b.stats[2 * w], square += b.stats[2 * w + 1];
+    const float2* parts = b.stats() + b.warp / WARPS_A_ROW * WARPS_A_ROW;
+    float2 total = make_float2(0.f, 0.f);
+#pragma unroll
+    for (int w = 0; w < WARPS_A_ROW; ++w) total.x += parts[w].x, total.y += parts[w].y;
+    return total;
+}
+
+__device__ __forceinline__ void normalize(const u16* gain, uint4 v, int k, float center, float scale, char* row) {
+    const uint2 w = *(const uint2*)(gain + k);
+    float out[4] = {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
+    const float gains[4] = {low_of(w.x), high_of(w.x), low_of(w.y), high_of(w.y)};
+#pragma unroll
+    for (int e = 0; e < 4; ++e) out[e] = (out[e] - center) * scale * gains[e];
+    if (!RMS_NORM) {
+        const uint2 s = *(const uint2*)(gain + HIDDEN + k);
+        out[0] += low_of(s.x), out[1] += high_of(s.x), out[2] += low_of(s.y), out[3] += high_of(s.y);
+    }
+    const uint2 words = make_uint2(narrow2(out[0], out[1]), narrow2(out[2], out[3]));
+    if (M > 8) {
+        *(uint2*)(row + 2 * k) = words;
+    } else {   // in_order: words 0 and 1, or 2 and 3, of eight columns
+        char* at = row + 2 * (k & ~7) + (k & 4);
+        *(u32*)at = words.x, *(u32*)(at + 8) = words.y;
+    }
 }
 
 // The stream's rows, normalized (RMS or layer norm, statistics in fp32) and rounded, into shared memory as x. The sums of
 // squares are of differences from what an element of the row was before the last addition, so that a large mean costs no
 // digits; nobody else's element, since 132 blocks asking for the same word would stand in line for it.
-__device__ __forceinline__ void stage_stream(Block& b, bool embed, Half half) {
-    const u16 *gain = b.norms(half), *shift = gain + HIDDEN;
+__device__ __forceinline__ void stage_stream(Block& b, int half) {
+    const u32* stream = StreamExchange::incoming(b);
+    const u16* gain = b.norms(half);
     const int at = (b.warp % WARPS_A_ROW) * 32 + b.lane;
+#pragma unroll 1
     for (int m = b.warp / WARPS_A_ROW; m < M; m += NORM_ROWS) {
-        Pair held[HELD];
-        const float origin = RMS_NORM ? 0.f : b.origins[m];
+        uint4 held[HELD];
+        const float origin = RMS_NORM ? 0.f : b.origin(m);
         float sum = 0.f, square = 0.f;
-        for (int from = 0; from < PAIRS; from += HELD) {
-            load_pairs(b, embed, m, at, from, held);
+        for (int from = 0; from < EACH_FOUR; from += HELD) {
+            load_row(stream + m * HIDDEN, at, from, held);
 #pragma unroll
             for (int i = 0; i < HELD; ++i) {
-                if (2 * (at + (from + i) * WIDTH) >= HIDDEN) continue;
-                const float x = held[i].x - origin, y = held[i].y - origin;
-                sum += x + y, square += x * x + y * y;
+                if (at + (from + i) * WIDTH >= FOURS) continue;
+                const float x = __uint_as_float(held[i].x) - origin, y = __uint_as_float(held[i].y) - origin;
+                const float z = __uint_as_float(held[i].z) - origin, w = __uint_as_float(held[i].w) - origin;
+                sum += (x + y) + (z + w), square += (x * x + y * y) + (z * z + w * w);
             }
         }
-        row_sums(b, sum, square);
-        const float mean = RMS_NORM ? 0.f : sum / HIDDEN;
-        const float scale = rsqrtf(fmaxf(square / HIDDEN - mean * mean, 0.f) + NORM_EPS);
-        const float center = RMS_NORM ? 0.f : mean + origin;
-        if (m < NORM_ROWS) barrier_wait(b.ready + 8 * half, b.turn >> half & 1);
-        char* row = b.staged_ptr + m * staged_pitch(HIDDEN);
-        for (int from = 0; from < PAIRS; from += HELD) {
-            if (PAIRS > HELD) load_pairs(b, embed, m, at, from, held);
+        const float2 total = row_sums(b, sum, square);
+        const float mean = RMS_NORM ? 0.f : total.x * (1.f / HIDDEN);
+        const float scale = rsqrtf(fmaxf(total.y * (1.f / HIDDEN) - mean * mean, 0.f) + NORM_EPS);
+        if (m < NORM_ROWS) barrier_wait(b.address(READY_AT) + 8 * half, b.halves >> half & 1);
+        char* row = b.staged() + m * pitch_of(HIDDEN);
+        for (int from = 0; from < EACH_FOUR; from += HELD) {
+            if (EACH_FOUR > HELD) load_row(stream + m * HIDDEN, at, from, held);
 #pragma unroll
             for (int i = 0; i < HELD; ++i) {
-                const int k = 2 * (at + (from + i) * WIDTH);
-                if (k >= HIDDEN) continue;
-                const u32 w = *(const u32*)(gain + k);
-                float x = (held[i].x - center) * scale * low_of(w), y = (held[i].y - center) * scale * high_of(w);
-                if (!RMS_NORM) {
-                    const u32 s = *(const u32*)(shift + k);
-                    x += low_of(s), y += high_of(s);
-                }
-                *(u32*)(row + 2 * k) = narrow2(x, y);
+                const int four = at + (from + i) * WIDTH;
+                if (four < FOURS) normalize(gain, held[i], 4 * four, mean + origin, scale, row);
             }
-        }
-    }
-}
-
-// Phase 5's x where it fits: the activations [M, FFN], two a word, into shared memory; four at a time, or eight plain ones.
-__device__ __forceinline__ void stage_activations(Block& b) {
-    constexpr int TOGETHER_ELEMENTS = FLAGGED ? 4 : 8, PIECES = M * FFN / TOGETHER_ELEMENTS;
-    constexpr int EACH = (PIECES + THREADS - 1) / THREADS, AT_ONCE = EACH < 8 ? EACH : 8;
-    const u64* buffer = (u64*)b.table[HIDDEN_ACT];
-    for (int base = b.thread; base < PIECES; base += AT_ONCE * THREADS) {
-        uint4 found[AT_ONCE];
-        await_all([&] {
-            bool all = true;
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; ++i) {
-                const int piece = min(base + i * THREADS, PIECES - 1);
-                if (FLAGGED) {
-                    u64 a, c;
-                    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(a), "=l"(c) : "l"(buffer + 2 * piece) : "memory");
-                    found[i] = make_uint4((u32)a, (u32)(a >> 32), (u32)c, (u32)(c >> 32));
-                } else {
-                    found[i] = load_l2(buffer + 2 * piece);
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; ++i)
-                if (FLAGGED) all &= found[i].y == b.epoch && found[i].w == b.epoch;
-            return all;
-        });
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-            const int element = (base + i * THREADS) * TOGETHER_ELEMENTS;
-            if (element >= M * FFN) continue;
-            char* to = b.staged_ptr + element / FFN * staged_pitch(FFN) + 2 * (element % FFN);
-            if (FLAGGED) *(uint2*)to = make_uint2(found[i].x, found[i].z);
-            else *(uint4*)to = found[i];
         }
     }
 }
 
 // Columns between k and the next multiple of 32 are multiplied too: zero.
-__device__ __forceinline__ void clear_staged_tail(Block& b, int k) {
-    const int tail = round32(k) - k;
-    for (int i = b.thread; i < M * tail; i += THREADS) *(u16*)(b.staged_ptr + i / tail * staged_pitch(k) + 2 * (k + i % tail)) = 0;
+template <int K>
+__device__ __forceinline__ void clear_staged_tail(Block& b) {
+    constexpr int TAIL = round32(K) - K;
+    for (int i = b.thread; i < M * TAIL; i += THREADS) *(u16*)(b.staged() + i / TAIL * pitch_of(K) + 2 * (K + i % TAIL)) = 0;
+}
+
+// Rows [M, K] of 16-bit numbers that other blocks send, eight a load, into shared memory as x; or only awaited, where they do not
+// fit there.
+template <int K, bool STORE, class Incoming>
+__device__ __forceinline__ void stage_halves(Block& b) {
+    constexpr int PIECES = M * K / 8, EACH = ceil_div(PIECES, THREADS), AT_ONCE = smaller(EACH, 8);
+    const u32* from = Incoming::incoming(b);
+#pragma unroll 1
+    for (int base = b.thread; base < PIECES; base += AT_ONCE * THREADS) {
+        uint4 found[AT_ONCE];
+        await_all([&] {
+            bool all = true;
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) found[i] = peek4(from + 4 * min(base + i * THREADS, PIECES - 1));
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) all &= arrived(found[i]);
+            return all;
+        });
+        if (!STORE) continue;
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            const int element = 8 * (base + i * THREADS);
+            if (element < M * K) *(uint4*)(b.staged() + element / K * pitch_of(K) + 2 * (element % K)) = in_order(found[i]);
+        }
+    }
+    if (STORE && K % 32) clear_staged_tail<K>(b);
 }

@@ -1,4 +1,4 @@
-// What the persistent kernel is built of: 16-bit arithmetic, tensor-core products, bulk copies, and words that carry a flag.
+// What the persistent kernel is built of: 16-bit arithmetic, tensor-core products, bulk copies, and words that blocks exchange.
 // No header is included, so that NVRTC needs no toolkit. BF16 chooses the 16-bit type of weights and keys.
 #pragma once
 
@@ -78,23 +78,29 @@ __device__ __forceinline__ uint4 load_l2(const void* p) {
     return v;
 }
 
+__device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 __device__ __forceinline__ uint4 load_shared(u32 at) {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
     return v;
 }
 
-// A word with its flag: 32 bits of data and the epoch in which they were written, stored and loaded in one piece. A reader
-// that finds the epoch has the data: no fence, no barrier, one trip to L2 (the idea of NCCL's LL protocol).
-__device__ __forceinline__ void put_flagged(u64* at, u32 data, u32 epoch) {
-    u64 word = ((u64)epoch << 32) | data;
-    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(at), "l"(word) : "memory");
+// Words that other multiprocessors write or read during this launch.
+__device__ __forceinline__ void put_word(u32* at, u32 word) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(at), "r"(word) : "memory");
 }
 
-__device__ __forceinline__ u64 peek_flagged(const u64* at) {
-    u64 word;
-    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(at) : "memory");
-    return word;
+__device__ __forceinline__ uint2 peek2(const u32* at) {
+    uint2 v;
+    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ uint4 peek4(const u32* at) {
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at) : "memory");
+    return v;
 }
 
 // A wait that would never end (a bug, a lost block) ends the launch with an error instead of hanging the machine.

@@ -33,15 +33,20 @@ SOURCES = (
 ACTIVATIONS: dict[Activation, int] = {"gelu": 0, "gelu_tanh": 1, "quick_gelu": 2, "relu": 3, "silu": 4, "tanh": 5}
 #: Batches it is compiled for; a batch between two of them takes the larger.
 ROWS = (1, 2, 4, 8, 16)
-#: Up to this batch, words carry flags instead of a barrier of all blocks after each phase.
-FLAGGED_BATCH = 2
+#: Up to this batch, what every block reads lies there twice, so that fewer stand in line for a word.
+COPIED_BATCH = 4
 MAX_SPLITS = 16
-STAGE_BYTES = 18432
-FEWEST_STAGES = 4
-THREADS = 384
+FEWEST_STAGES, MOST_STAGES = 4, 24
+#: What a block asks of the memory at a time: enough for its bandwidth, and no long line for what else is asked.
+IN_FLIGHT_BYTES = 40000
+#: Columns of a stage: at most so many, and not fewer, since short copies do not reach the memory's bandwidth.
+MOST_COLUMNS, FEWEST_COLUMNS = 1024, 736
+THREADS = 320
 WARPS, GROUP_ROWS = 8, 32
 #: Pointers before the layers' in the kernel's table, and of each layer (the enums of persistent_common.cuh).
 POINTERS, LAYER_POINTERS = 20, 15
+#: What blocks hand each other, in the order of the table.
+EXCHANGED = ("STREAM", "HIDDEN_ACT", "FRESH", "ATTENDED", "PARTIALS", "BEST", "TURNS")
 SHARED_LIMIT = 232448
 
 
@@ -67,6 +72,10 @@ def unsupported(spec: ModelSpec, weights: ModelWeights | None, dtype: torch.dtyp
         f"hidden {spec.hidden} and feed-forward {spec.ffn} are not multiples of 8": bool(
             spec.hidden % 8 or spec.ffn % 8
         ),
+        "rotary embedding turns a number of elements that is no multiple of 4": isinstance(
+            spec.positions, RotaryPositions
+        )
+        and spec.positions.dim % 4 != 0,
         "quantized weights are not supported yet": any(isinstance(one.weight, QuantizedTensor) for one in linears),
         "its table of layers does not fit shared memory": spec.layers > 256,
     }
@@ -77,19 +86,51 @@ LINEARS = ("qkv", "out", "up", "down")
 
 
 @dataclass(frozen=True)
+class Product:
+    """A product as ``Product`` in persistent_common.cuh has it: ``units`` of ``unit`` rows, of k columns."""
+
+    k: int
+    unit: int
+    units: int
+
+    def stages(self, blocks: int, stage_bytes: int) -> tuple[int, int]:
+        """How many stages of the ring a block needs at most, and their columns."""
+        most = -(-self.units // blocks)
+        groups = -(-most * self.unit // GROUP_ROWS)
+        rows = -(-most // groups) * self.unit
+        tiles = -(-rows // 8)
+        tall = -(-rows // tiles)
+        chunks = -(-self.k // min((stage_bytes // tall - 64) // 2 // 32 * 32, MOST_COLUMNS))
+        return groups * tiles * chunks, -(-self.k // chunks)
+
+
+def products(spec: ModelSpec) -> tuple[Product, Product, Product, Product]:
+    """Of a layer: QKV, out, up, down."""
+    halves = isinstance(spec.positions, RotaryPositions) and not spec.positions.interleaved
+    qkv, up = 4 if halves else 2, 4 if spec.gated else 2
+    return (
+        Product(spec.hidden, qkv, (spec.q_size + 2 * spec.kv_size) // qkv),
+        Product(spec.q_size, 1, spec.hidden),
+        Product(spec.hidden, up, spec.ffn // 2),
+        Product(spec.ffn, 1, spec.hidden),
+    )
+
+
+@dataclass(frozen=True)
 class Layout:
     """How a block divides its shared memory, in bytes.
 
-    stages: of the ring of weights. staged: for a phase's x. own: rows of the residual stream that a block computes.
-    direct: the down projection reads its x from L2, because [rows, ffn] does not fit.
-    flagged: words carry flags.
+    stages, stage_bytes: of the ring of weights. staged: for a phase's x. own: rows of the residual stream that a block
+    computes. direct: the down projection reads its x from L2, because [rows, ffn] does not fit. fits: a whole layer's
+    stages are in the ring at once.
     """
 
     stages: int
+    stage_bytes: int
     staged: int
     own: int
     direct: bool
-    flagged: bool
+    fits: bool
     total: int
 
     @classmethod
@@ -100,11 +141,10 @@ class Layout:
             return rows * (-(-k // 32) * 64 + 64)
 
         sharing = min(4, spec.heads // spec.kv_heads)
-        attention = WARPS * sharing * (spec.head_dim + 2) * 4
+        attention = WARPS * sharing * (spec.head_dim + 4) * 4
         needed = max(staged(spec.hidden), staged(spec.q_size), attention)
         down = staged(spec.ffn)
-        flagged = rows <= FLAGGED_BATCH and down <= 98304
-        direct = not flagged and down > 90112
+        direct = down > 90112
         x = -(-max(needed, 0 if direct else down) // 128) * 128
         own = -(-spec.hidden // blocks) + 1
         fixed = x + (2 if rows <= 4 else 1) * WARPS * rows * GROUP_ROWS * 4
@@ -112,17 +152,30 @@ class Layout:
             fixed += rows * spec.positions.dim * 4
         fixed += (1 if spec.norm == "rmsnorm" else 2) * spec.hidden * 4
         fixed += (2 * own + (spec.q_size + 2 * spec.kv_size) // blocks + 2 * spec.ffn // blocks + 32) * 4
-        fixed += (POINTERS + spec.layers * LAYER_POINTERS) * 8 + rows * own * 4 + WARPS * 8 + rows * 16 + 1024
-        stages = min((SHARED_LIMIT - fixed) // (STAGE_BYTES + 16), 12)
+        fixed += (POINTERS + spec.layers * LAYER_POINTERS) * 8 + rows * own * 4 + WARPS * 8 + rows * 24 + 1024
+        stages, size, count = _ring(spec, blocks, SHARED_LIMIT - fixed)
         if stages < FEWEST_STAGES:
             raise KernelError(f"the persistent kernel's shared memory does not hold {rows} rows of {spec.hidden}")
-        return cls(stages, x, own, direct, flagged, fixed + stages * (STAGE_BYTES + 16))
+        return cls(stages, size, x, own, direct, count <= stages and not direct, fixed + stages * (size + 16))
+
+
+def _ring(spec: ModelSpec, blocks: int, room: int) -> tuple[int, int, int]:
+    """(stages, bytes of one, stages of a layer) such that the ring holds most of a layer: stages as full as may be."""
+    found = (0, 0, 0)
+    best, layer = 0.0, products(spec)
+    for size in range(8192, 24577, 128):
+        stages, cuts = min(room // (size + 16), MOST_STAGES), [(one, *one.stages(blocks, size)) for one in layer]
+        count = sum(stages for _, stages, _ in cuts)
+        short = any(columns < min(FEWEST_COLUMNS, one.k) for one, _, columns in cuts)
+        if stages >= FEWEST_STAGES and not short and stages / count > best:
+            best, found = stages / count, (stages, size, count)
+    return found
 
 
 def blocks_for(spec: ModelSpec, device: torch.device) -> int:
     """One block a multiprocessor; fewer where some would own no row of a product."""
     count = torch.cuda.get_device_properties(device).multi_processor_count
-    units = (spec.hidden, spec.ffn // 2, (spec.q_size + 2 * spec.kv_size) // 2, spec.vocab_size)
+    units = (spec.hidden, spec.ffn // 2, (spec.q_size + 2 * spec.kv_size) // 4, spec.vocab_size)
     return min(count, 256, *units)
 
 
@@ -151,9 +204,10 @@ def macros(
         "ROTARY_DIM": rotary.dim if rotary else 0, "ROTARY_INTERLEAVED": int(rotary.interleaved) if rotary else 0,
         "ALIBI": int(isinstance(spec.positions, ALiBiPositions)),
         "ACTIVATION": ACTIVATIONS[spec.activation], "PAGE_SIZE": page_size, "MAX_SPLITS": MAX_SPLITS, "BLOCKS": blocks,
-        "FLAGGED_BATCH": FLAGGED_BATCH if layout.flagged else 0, "STAGE_BYTES": STAGE_BYTES, "STAGES": layout.stages,
+        "COPIES": _copies(rows), "STAGE_BYTES": layout.stage_bytes, "STAGES": layout.stages, "DEFER": int(layout.fits),
+        "IN_FLIGHT": min(max(2, round(IN_FLIGHT_BYTES / layout.stage_bytes)), layout.stages),
         "STAGED_BYTES": layout.staged, "OWN_ROWS": layout.own, "DOWN_DIRECT": int(layout.direct),
-        "DIRECT_COLUMNS": 1024 if rows <= 8 else 512,
+        "DIRECT_COLUMNS": 1024 if rows <= 8 else 512, "SHARED_BYTES": layout.total,
     }  # fmt: skip
     floats = {
         "NORM_EPS": spec.norm_eps, "EMBEDDING_SCALE": spec.embedding_scale,
@@ -238,18 +292,24 @@ class PersistentDecoder:
             self._kernel((self.blocks,), (THREADS,), arguments, shared_mem=self.layout.total)
 
 
+def _copies(rows: int) -> int:
+    return 2 if rows <= COPIED_BATCH else 1
+
+
 def _exchange(spec: ModelSpec, rows: int, blocks: int, device: torch.device) -> dict[str, Tensor]:
-    """Buffers that blocks hand each other: 8 bytes a value, so that each has room for its flag."""
-    sizes = {
+    """Words of 32 bits that blocks hand each other, two buffers of each kind. All ones: nothing has arrived."""
+    read_by_all = {
         "STREAM": rows * spec.hidden,
-        "HIDDEN_ACT": rows * spec.ffn,
-        "QUERIES": rows * spec.q_size,
-        "NEW_KV": rows * 2 * spec.kv_size,
-        "PARTIALS": rows * spec.heads * MAX_SPLITS * (spec.head_dim + 2),
-        "BEST": rows * blocks * 2,
-        "FLAGS": blocks,
+        "HIDDEN_ACT": rows * spec.ffn // 2,
+        "ATTENDED": rows * spec.q_size // 2,
     }
-    return {name: torch.zeros(size, dtype=torch.int64, device=device) for name, size in sizes.items()}
+    words = {name: _copies(rows) * size for name, size in read_by_all.items()} | {
+        "FRESH": rows * (spec.q_size + 2 * spec.kv_size) // 2,
+        "PARTIALS": rows * spec.heads * MAX_SPLITS * (spec.head_dim + 4),
+        "BEST": rows * blocks * 2,
+    }
+    buffers = {name: torch.full((2 * size,), -1, dtype=torch.int32, device=device) for name, size in words.items()}
+    return buffers | {"TURNS": torch.zeros(blocks, dtype=torch.int32, device=device)}
 
 
 def _constants(spec: ModelSpec, device: torch.device) -> dict[str, Tensor]:
@@ -282,7 +342,7 @@ def _table(
         constants.get("SLOPES"),
         logits,
     ]
-    entries += [buffers[name] for name in ("STREAM", "HIDDEN_ACT", "QUERIES", "NEW_KV", "PARTIALS", "BEST", "FLAGS")]
+    entries += [buffers[name] for name in EXCHANGED]
     words = [_address(entry) for entry in entries] + [state.block_table.shape[1]]
     assert len(words) == POINTERS
     for index, layer in enumerate(weights.layers):

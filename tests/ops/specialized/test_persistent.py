@@ -104,6 +104,23 @@ def test_it_compiles_for_hopper(name: str, rows: int, dtype: torch.dtype) -> Non
     assert compile_log(text, "sm_90") is None
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("name", SPECS)
+def test_host_and_kernel_count_the_same_stages(name: str, rows: int) -> None:
+    """A ring that holds a whole layer is given back late: were it shorter than the host thinks, nobody would move."""
+    spec, layout = SPECS[name], Layout.of(SPECS[name], rows, 132)
+    defines = macros(spec, rows, layout, 132, 16, torch.float16)
+    text = "".join(f"#define {key} {value}\n" for key, value in defines.items()) + source()
+    counted = dict(zip(("QKV", "OUT", "UP", "DOWN"), persistent.products(spec), strict=True))
+    for kind, product in counted.items():
+        p = f"Product<{kind}>"
+        stages = f"{p}::GROUPS * {p}::TILES * ceil_div({p}::K, {p}::COLUMNS)"
+        text += f'\nstatic_assert({stages} == {product.stages(132, layout.stage_bytes)[0]}, "{kind}");'
+        text += f'\nstatic_assert({p}::TALL * {p}::PITCH <= STAGE_BYTES, "{kind} overflows");'
+    assert compile_log(text, "sm_90") is None
+    assert not layout.fits or layout.stages >= sum(one.stages(132, layout.stage_bytes)[0] for one in counted.values())
+
+
 def test_every_macro_is_used_and_defined() -> None:
     defines = macros(SPECS["llama"], 1, Layout.of(SPECS["llama"], 1, 132), 132, 16, torch.float16)
     assert {name for name in defines if not re.search(rf"\b{name}\b", source())} == set()
