@@ -1,4 +1,4 @@
-"""The ``generic`` kernel set: matrix products by cuBLAS, everything between them in Triton, a launch at a time."""
+"""The ``generic`` kernel set: matrix products by cuBLAS, everything between them in Triton."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from ops.generic import attention
 from ops.generic.activation import activate
 from ops.generic.decoder import PlanDecoder
 from ops.generic.embed import embed
+from ops.generic.encoder import STARTS, WalkGraphs
+from ops.generic.encoder_graph import graph_head, graph_plan
 from ops.generic.norm import norm
 from ops.generic.qkv import HeadNorm, Rotary, split_qkv
 from ops.generic.residual import add_residual, add_residual_norm
@@ -29,7 +31,8 @@ class GenericKernels:
     """Every macro-op as a product and one launch behind it: eight launches a layer, attention included.
 
     The launch that adds bias and residual also computes the norm that the next macro-op reads, and leaves it in
-    ``Stream.memo``: it stands behind the reduce, and has whole rows at hand. Serves steps of any size.
+    ``Stream.memo``: it stands behind the reduce, and has whole rows at hand. Serves steps of any size; whole sequences
+    of up to 4096 tokens in all are one CUDA graph.
     """
 
     name = "generic"
@@ -54,10 +57,16 @@ class GenericKernels:
         return Packer(spec, source, device, dtype, layer_done=layer_done).pack()
 
     def plan(self, spec: ModelSpec, weights: ModelWeights, bucket: Bucket, collective: Collective) -> StepPlan:
-        """The macro-ops one by one. Raises :class:`KernelError` if a weight is not a plain tensor."""
+        """The macro-ops one by one; whole sequences in one process as a graph of them. Raises :class:`KernelError` if a
+        weight is not a plain tensor."""
         _assert_plain(self.name, weights)
         self._upload_constants(spec, weights.embed.token.device)
-        return StepPlan(bucket, walk(spec, weights, self, collective))
+        walked = StepPlan(bucket, walk(spec, weights, self, collective))
+        if bucket.kind != "encode" or collective.size > 1:
+            return walked
+        launches = [launch for launch in walked.launches if launch.name != "head"]
+        graphs = WalkGraphs(spec, weights, launches, graph_head(spec, weights, self))
+        return graph_plan(graphs, self, walked)
 
     def decoder(self, spec: ModelSpec, weights: ModelWeights, state: DecodeState, collective: Collective) -> Decoder:
         """Runs of the decode plan that read nothing from the host."""
@@ -241,10 +250,10 @@ def _assert_plain(kernels: str, weights: ModelWeights) -> None:
 
 def _starts(inputs: StepInputs) -> Tensor:
     """[B + 1] int32 on the device, once a step: where each sequence's new tokens begin, and the end of the last."""
-    starts: Tensor | None = inputs.memo.get("starts")
+    starts: Tensor | None = inputs.memo.get(STARTS)
     if starts is None:
         offsets = torch.tensor([0, *accumulate(inputs.lengths)], dtype=torch.int32)
-        starts = inputs.memo["starts"] = offsets.to(inputs.token_ids.device, non_blocking=True)
+        starts = inputs.memo[STARTS] = offsets.to(inputs.token_ids.device, non_blocking=True)
     return starts
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ops.generic.attention import sequence_attention
+from ops.generic.encoder_graph import Place, StepBuffers
 from ops.generic.launch import power_of_two
 from ops.spec import ALiBiPositions, LearnedPositions, ModelSpec
 from ops.specialized.encoder_rows import Tables, embed_sequences, norm_rows
@@ -30,31 +31,15 @@ Folded = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Place:
-    """What one captured forward serves: up to ``rows`` tokens of up to ``sequences`` sequences, none longer than
-    ``longest``; ``typed`` if token types are given."""
-
-    rows: int
-    sequences: int
-    longest: int
-    typed: bool
-
-
-@dataclass(frozen=True)
 class Room:
     """The buffers that all the buckets of a model share, and what is derived from its weights once.
 
-    ids, types: [tokens] int64. starts: [S] int32, a power of two of them. wrong: [1] int32 in the host's memory.
     streams:    raw sums behind the attention's half of a layer and behind the other [tokens + 1, hidden]. The row in
                 excess is where the starts of sequences that are not there point.
     statistics: of each of the two, flat fp32.
     folded:     by the id of a :class:`Linear`, what :func:`fold` made of it.
     """
 
-    ids: Tensor
-    types: Tensor
-    starts: Tensor
-    wrong: Tensor
     streams: tuple[Tensor, Tensor]
     statistics: tuple[Tensor, Tensor]
     normed: Tensor
@@ -66,28 +51,21 @@ class Room:
     folded: dict[int, Folded]
 
     @classmethod
-    def of(
-        cls, spec: ModelSpec, weights: ModelWeights, tokens: int, sequences: int, norms: Norms, tiles: TileChoice
-    ) -> Room:
-        """Buffers for steps of up to ``tokens`` tokens of ``sequences`` sequences."""
+    def of(cls, spec: ModelSpec, weights: ModelWeights, tokens: int, norms: Norms, tiles: TileChoice) -> Room:
+        """Buffers for steps of up to ``tokens`` tokens."""
         like = weights.embed.token
         device = like.device
 
         def rows(n: int) -> Tensor:
             return torch.zeros(tokens + 1, n, dtype=like.dtype, device=device)
 
-        def counts(n: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(n, dtype=dtype, device=device)
+        def partials() -> Tensor:
+            return torch.zeros(2 * tokens * -(-spec.hidden // NARROWEST), dtype=torch.float32, device=device)
 
-        partial = 2 * tokens * -(-spec.hidden // NARROWEST)
         slopes = spec.positions.slopes if isinstance(spec.positions, ALiBiPositions) else None
         return cls(
-            ids=counts(tokens, torch.int64),
-            types=counts(tokens, torch.int64),
-            starts=counts(power_of_two(sequences + 1), torch.int32),
-            wrong=torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda"),
             streams=(rows(spec.hidden), rows(spec.hidden)),
-            statistics=(counts(partial, torch.float32), counts(partial, torch.float32)),
+            statistics=(partials(), partials()),
             normed=rows(spec.hidden),
             hidden=rows(spec.hidden),
             qkv=rows(spec.q_size + 2 * spec.kv_size),
@@ -159,17 +137,18 @@ class Forward:
     """The launches for one :class:`Place`: enqueues them when called, so that a graph can capture them."""
 
     def __init__(
-        self, spec: ModelSpec, weights: ModelWeights, room: Room, place: Place, norms: Norms, tiles: TileChoice
+        self,
+        spec: ModelSpec,
+        weights: ModelWeights,
+        buffers: StepBuffers,
+        room: Room,
+        place: Place,
+        norms: Norms,
+        tiles: TileChoice,
     ) -> None:
-        self.spec, self.weights, self.room, self.place, self.norms, self.tiles = (
-            spec,
-            weights,
-            room,
-            place,
-            norms,
-            tiles,
-        )
-        self._pdl = dependent_launch(room.ids.device)
+        self.spec, self.weights, self.buffers, self.room, self.place = spec, weights, buffers, room, place
+        self.norms, self.tiles = norms, tiles
+        self._pdl = dependent_launch(buffers.ids.device)
 
     def __call__(self) -> Tensor:
         """The hidden states behind the last norm [rows, hidden], in a buffer that the next call overwrites."""
@@ -188,13 +167,13 @@ class Forward:
     def first_rows(self) -> Tensor:
         """The first row of each sequence behind the last norm; of sequences that are not there, rows of no meaning."""
         hidden = self.room.streams[1] if self._last_norm() is None else self.room.hidden
-        return hidden.index_select(0, self.room.starts[: self.place.sequences])
+        return hidden.index_select(0, self.buffers.starts[: self.place.sequences])
 
     def _last_norm(self) -> Norm | None:
         return self.weights.final_norm if self.spec.placement == "pre" else self.weights.layers[-1].ffn_norm
 
     def _embed(self) -> _Stream:
-        spec, room, rows, embed = self.spec, self.room, self.place.rows, self.weights.embed
+        spec, buffers, rows, embed = self.spec, self.buffers, self.place.rows, self.weights.embed
         learned = spec.positions if isinstance(spec.positions, LearnedPositions) else None
         tables = Tables(
             embed.token,
@@ -206,15 +185,15 @@ class Forward:
         pending = _pending(spec, self.weights, 0)[0]
         # As wide as those that later layers leave, so that one compiled kernel reads both.
         statistics = self._statistics(1, self._tile(spec.hidden, spec.ffn).columns)
-        out = room.streams[1][:rows]
+        out = self.room.streams[1][:rows]
         embed_sequences(
-            room.ids[:rows],
-            room.types[:rows] if self.place.typed and embed.token_type is not None else None,
-            room.starts[: power_of_two(self.place.sequences + 1)],
+            buffers.ids[:rows],
+            buffers.types[:rows] if self.place.typed and embed.token_type is not None else None,
+            buffers.starts[: power_of_two(self.place.sequences + 1)],
             tables,
             out=out,
             statistics=statistics,
-            wrong=room.wrong,
+            wrong=buffers.wrong,
             pdl=self._pdl,
         )
         return self._left(_Stream(out, statistics, pending))
@@ -227,7 +206,7 @@ class Forward:
             queries,
             keys,
             values,
-            self.room.starts[: self.place.sequences + 1],
+            self.buffers.starts[: self.place.sequences + 1],
             longest=self.place.longest,
             causal=spec.causal,
             scale=spec.attention_scale,

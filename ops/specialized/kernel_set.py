@@ -35,11 +35,11 @@ class SpecializedKernels(GenericKernels):
             raise KernelError(f'kernels "{self.name}" do not run this model here: {reason}; set "kernels" to "generic"')
 
     def plan(self, spec: ModelSpec, weights: ModelWeights, bucket: Bucket, collective: Collective) -> StepPlan:
-        """The encoder path for encoders; else the macro-ops one by one."""
-        walked = super().plan(spec, weights, bucket, collective)
+        """The encoder path for encoders; else, and for what that path does not take, the plan of ``generic``."""
+        generic = super().plan(spec, weights, bucket, collective)
         if spec.causal or bucket.kind != "encode" or collective.size > 1:
-            return walked
-        return encoder.encoder_step_plan(spec, weights, self, walked.launches)
+            return generic
+        return encoder.encoder_step_plan(spec, weights, self, generic)
 
     def decoder(self, spec: ModelSpec, weights: ModelWeights, state: DecodeState, collective: Collective) -> Decoder:
         """The persistent kernel where it serves so many rows in one process, else the decode plan."""

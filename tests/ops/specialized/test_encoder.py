@@ -13,11 +13,11 @@ from engine.checkpoint import StateDictSource
 from ops.collective import SingleProcess
 from ops.eager.kernel_set import EagerKernels
 from ops.errors import IdError, KernelError
+from ops.generic import encoder_graph
 from ops.macro_ops import walk
 from ops.plan import Bucket, Launch, StepInputs, StepPlan, StepResult, StepState
 from ops.spec import ALiBiPositions, HeadSpec, LearnedPositions, ModelSpec, RotaryPositions
-from ops.specialized import encoder
-from ops.specialized.encoder import EncoderPlan, encoder_step_plan, supports, token_bucket
+from ops.specialized.encoder import EncoderPlan, encoder_step_plan, supports
 from ops.specialized.encoder_forward import Norms
 from ops.specialized.tile_table import Tile
 from ops.weights import Linear, ModelWeights, Packer
@@ -126,7 +126,7 @@ def test_one_plan_serves_every_length(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_graphs_are_kept_up_to_a_number(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoder, "GRAPHS", 2)
+    monkeypatch.setattr(encoder_graph, "GRAPHS", 2)
     plan = EncoderPlan(ENCODER, packed(ENCODER, torch.float32, device), tiles=tiles)
     for length in (1, 17, 33):
         inputs = batch(ENCODER, (length,), device)
@@ -162,10 +162,13 @@ HEADS: dict[str, HeadSpec] = {
 @pytest.mark.parametrize("captured", [True, False])
 def test_heads(device: str, head: str, captured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five sequences in a bucket of eight; also in fewer, so that heads are not asked for what is not there."""
-    monkeypatch.setattr(encoder, "CAPTURED_OUTPUTS", 1024 if captured else -1)
+    for name in ("SEQUENCE_OUTPUTS", "TOKEN_OUTPUTS"):
+        monkeypatch.setattr(encoder_graph, name, 64 if captured else -1)
     one = replace(ENCODER, head=HEADS[head])
     weights, kernels = packed(one, torch.float16, device), EagerKernels()
-    plan = encoder_step_plan(one, weights, kernels, walk(one, weights, kernels, SingleProcess()))
+    plan = encoder_step_plan(
+        one, weights, kernels, StepPlan(Bucket("encode"), walk(one, weights, kernels, SingleProcess()))
+    )
     for lengths in ((3, 1, 2, 1, 2), (9,)):
         inputs = batch(one, lengths, device)
         assert plan.guards(inputs)
@@ -196,9 +199,12 @@ def test_what_it_does_not_cover_goes_to_the_fallback(device: str, lengths: tuple
         seen.append(state.inputs.lengths)
         state.hidden = state.inputs.token_ids
 
-    plan = encoder_step_plan(one, weights, EagerKernels(), [Launch("walked", run)])
+    fallback = StepPlan(Bucket("encode"), [Launch("walked", run)])
+    plan = encoder_step_plan(one, weights, EagerKernels(), fallback)
     inputs = batch(one, lengths, device)
     assert not plan.guards(inputs)
+    guarding = replace(fallback, guards=lambda inputs: True)
+    assert encoder_step_plan(one, weights, EagerKernels(), guarding).guards(inputs)
     plan.run(inputs)
     assert seen == [lengths]
     with pytest.raises(KernelError, match="the encoder path takes up to 1024 tokens of 64 sequences"):
@@ -225,8 +231,8 @@ def test_other_models_are_refused_by_name(changes: dict[str, Any], message: str)
     assert message in found
     with pytest.raises(KernelError, match=f'cannot run this test model: .*{message}.*; set "kernels" to "generic"'):
         EncoderPlan(one, packed(ENCODER, torch.float16))
-    launches = [Launch("walked", lambda state: None)]
-    assert encoder_step_plan(one, packed(ENCODER, torch.float16), EagerKernels(), launches).launches is launches
+    walked = StepPlan(Bucket("encode"), [Launch("walked", lambda state: None)])
+    assert encoder_step_plan(one, packed(ENCODER, torch.float16), EagerKernels(), walked) is walked
 
 
 def test_dtypes_and_packed_weights() -> None:
@@ -244,7 +250,3 @@ def test_dtypes_and_packed_weights() -> None:
     odd = replace(weights, layers=(weights.layers[0], replace(weights.layers[1], up=Linear(Packed()))))
     with pytest.raises(KernelError, match="it reads plain weights, not Packed"):
         EncoderPlan(ENCODER, odd)
-
-
-def test_buckets_of_tokens() -> None:
-    assert [token_bucket(n) for n in (1, 16, 17, 128, 129, 384, 385, 1024)] == [16, 16, 32, 128, 192, 384, 448, 1024]
