@@ -17,9 +17,14 @@ OLDEST := build/venv-oldest
 PIP_FLAGS := --disable-pip-version-check --progress-bar off -q
 MINUTES := 35
 WORKERS := 2
+# What watches the kernels in make sanitize. Errors that CUDA calls return are left out of memcheck: libraries probe with
+# calls that fail, and our code sees its own.
+SANITIZER ?= compute-sanitizer
+TOOL ?= memcheck
+SANITIZER_FLAGS ?= --error-exitcode 1 --target-processes all $(if $(filter memcheck,$(TOOL)),--report-api-errors no)
 SAMPLES := sample_configs/smollm2_generate.json sample_configs/minilm_embed.json
 
-.PHONY: help demo models test test-oldest test-gpu lint format schema dry-run clean distclean
+.PHONY: help demo models test test-oldest test-gpu sanitize lint format schema dry-run clean distclean
 
 help:  ## say what there is
 	@echo 'slipstream: make TARGET'
@@ -28,7 +33,8 @@ help:  ## say what there is
 	@echo
 	@echo '  PYTHON=python3.12   the interpreter to use (3.11 or newer)'
 	@echo "  TORCH='torch==2.13.0 --index-url URL'   the build of torch to install"
-	@echo "  ARGS='tests/ops -k norm'                more arguments for pytest in make test and make test-gpu"
+	@echo "  ARGS='tests/ops -k norm'                more arguments for pytest in make test, test-gpu and sanitize"
+	@echo '  TOOL=racecheck      the tool of compute-sanitizer in make sanitize: or synccheck, initcheck, memcheck'
 
 demo: $(VENV)/.runtime models  ## install everything, get two real models, generate text and compare sentences
 	@for config in $(SAMPLES); do echo; echo "\$$ slipstream run $$config"; $(VENV)/bin/slipstream run "$$config"; done
@@ -44,6 +50,11 @@ test-oldest: $(OLDEST)/.test models  ## the engine's tests on the oldest transfo
 
 test-gpu: check-python  ## the tests that need a GPU, with PYTHON as it is (no virtual environment is made)
 	$(PYTHON) -m pytest -m 'gpu or multigpu' $(ARGS)
+
+sanitize: check-python  ## watch small cases of every GPU kernel with compute-sanitizer (TOOL=memcheck)
+	@case '$(TOOL)' in memcheck|racecheck|synccheck|initcheck) ;; *) echo 'TOOL=$(TOOL): there are memcheck, racecheck, synccheck and initcheck' >&2; exit 2 ;; esac
+	@command -v '$(SANITIZER)' >/dev/null || { echo '$(SANITIZER) is not on the PATH. It comes with the CUDA toolkit (often in /usr/local/cuda/bin); name it: make sanitize SANITIZER=/path/to/compute-sanitizer' >&2; exit 2; }
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $(TOOL) $(SANITIZER_FLAGS) $(PYTHON) -m pytest -m 'gpu and sanitize' -x -q --timeout=1800 tests/ops $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff, mypy --strict, the layers of imports, the checked-in schema
 	$(VENV)/bin/ruff check .

@@ -5,6 +5,9 @@ measured one at a time. Ours and Hugging Face come first, what is slow to compil
 
     python -m benchmarks.models --json models.json
     python -m benchmarks.models --only gpt2,bert-base --batch 1 --against none --limit-seconds 300
+    python -m benchmarks.models --only gpt-neo-2.7b --precisions fp32 --batch 1
+    python -m benchmarks.models --only llama-2-7b --prompt 4031 --batch 1 --against none       # to its last position
+    python -m benchmarks.models --only llama-2-7b --first-token --prompt 2048 --batch 1        # prefill
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from engine.bench.report import Row
 #: A config.json of each model, written by hand after the published ones.
 SHAPES = Path(__file__).parent / "shapes"
 #: Peers that take minutes to get ready.
-SLOW = ("inductor", "deepspeed")
+SLOW = ("inductor", "autotune", "deepspeed")
 #: Memory that a run needs beside its weights (context, caches, workspaces), and the share of the device's that runs may
 #: take together.
 ASIDE_BYTES, MEMORY_SHARE = 3 << 30, 0.85
@@ -54,6 +57,11 @@ TABLE = (
 )
 
 
+def entries(chosen: argparse.Namespace) -> list[Entry]:
+    """The entries of the table that are asked for."""
+    return [entry for entry in TABLE if entry.name in chosen.only and entry.precision in chosen.precisions]
+
+
 def waves(runs: Sequence[tuple[Job, Model]], together: int, memory: float) -> Iterator[list[tuple[Job, Model]]]:
     """The runs in their order, cut where ``together`` or the memory would be exceeded; each wave has at least one."""
     wave: list[tuple[Job, Model]] = []
@@ -79,10 +87,10 @@ def measure(chosen: argparse.Namespace, pool: Pool) -> list[Row]:
             batches=chosen.batch,
             prompt=chosen.prompt,
             new=chosen.new,
+            first=chosen.first_token,
             tokens=chosen.tokens,
         )
-        for entry in TABLE
-        if entry.name in chosen.only
+        for entry in entries(chosen)
     ]
     found = command.survey(pool, requests)
     models = [model for model in found.models if isinstance(model, Model)]
@@ -112,6 +120,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--only", type=options.names(names, "model"), default=names, help=f"some of {','.join(names)}")
+    precisions = tuple(dict.fromkeys(entry.precision for entry in TABLE))
+    parser.add_argument(
+        "--precisions", type=options.names(precisions, "precision"), default=precisions, help="some of the table's"
+    )
     parser.add_argument(
         "--kernels", type=options.names(KERNELS, "kernel set"), default=KERNELS[:2], help="(specialized,generic)"
     )
@@ -124,6 +136,8 @@ def main() -> None:
     parser.add_argument("--limit-seconds", type=options.count, help="stop then, with what there is")
     parser.add_argument("--json", type=Path, help="write every row to this file")
     chosen = parser.parse_args()
+    if not entries(chosen):
+        parser.error("none of --only has one of --precisions in the table")
     try:
         if chosen.json is not None:
             report.check_writable(chosen.json, "--json")

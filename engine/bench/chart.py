@@ -47,9 +47,9 @@ def draw(found: Sequence[Row], path: Path) -> None:
     for axis, group in zip(axes, members, strict=True):
         _group(axis, group, log, longest, shortest)
     first = measured[0]
-    what = "ms a token" if first.kind == "decode" else "ms a pass"
+    what = {"decode": "ms a token", "prefill": "ms to the first token", "encode": "ms a pass"}[first.kind]
     axes[-1].set_xlabel(what + (" (logarithmic)" if log else ""))
-    prompt = f", prompt of {first.tokens} tokens" if first.kind == "decode" else ""
+    prompt = "" if first.kind == "encode" else f", prompt of {first.tokens} tokens"
     figure.suptitle(f"{first.model}, {first.precision}{prompt}, {first.device}", fontsize=11)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=130)
@@ -81,7 +81,7 @@ def _group(axis: Any, group: Sequence[Row], log: bool, longest: float, shortest:
             va="center",
         )
     first = group[0]
-    title = f"batch {first.batch}" if first.kind == "decode" else f"batch {first.batch}, {first.tokens} tokens"
+    title = f"batch {first.batch}, {first.tokens} tokens" if first.kind == "encode" else f"batch {first.batch}"
     axis.set_title(title, fontsize=9, loc="left")
     axis.set_title(f"red line: floor, {number(floor)} ms", fontsize=8, loc="right", color=FLOOR)
     if log:

@@ -81,6 +81,7 @@ def request_of(config: Config, options: argparse.Namespace) -> Request:
         batches=options.batch,
         prompt=options.prompt,
         new=options.new,
+        first=options.first_token,
         tokens=options.tokens,
     )
 
@@ -119,7 +120,11 @@ def heading(model: Model, device: str) -> str:
     """What stands above the table."""
     subject, first = model.subject, model.cases[0]
     weights = "random weights" if subject.random else "its own weights"
-    what = f"{first.new} tokens behind prompts of {first.tokens}, greedy" if first.new else "whole passes"
+    what = {
+        "decode": f"{first.new} tokens behind prompts of {first.tokens}, greedy",
+        "prefill": f"the first token behind prompts of {first.tokens}",
+        "encode": "whole passes",
+    }[first.kind]
     lines = (
         f"{subject.name}, {subject.precision}, {weights}: {what}",
         f"{device}: {report.rates_in_words(model.rates, subject.precision)}",

@@ -62,10 +62,15 @@ def work(spec: ModelSpec, case: Case, element: int) -> Work:
     """The work of ``case``; ``element`` is the size in bytes of a weight and of a cached value.
 
     A generated token attends to the prompt, the tokens before it and itself: over ``new`` tokens ``tokens + (new + 1) /
-    2`` in the mean, a layer's window at most.
+    2`` in the mean, a layer's window at most. Ahead of the first token every token of the prompt passes the layers, but
+    only the last one the head, and none attends to those behind it.
     """
     body, head = linear_weights(spec)
-    if case.new:
+    if case.kind == "prefill":
+        attended = sum(_contexts(1, case.tokens, spec.window(layer)) for layer in range(spec.layers))
+        each = 2 * (body * case.tokens + head) + 4 * spec.q_size * attended
+        return Work((body + head) * element, each * case.batch)
+    if case.kind == "decode":
         seen = sum(_mean_context(case, spec.window(layer)) for layer in range(spec.layers))
         cached = 2 * spec.kv_size * seen * case.batch
         flops = 2 * (body + head) * case.batch + 4 * spec.q_size * seen * case.batch
@@ -77,8 +82,12 @@ def work(spec: ModelSpec, case: Case, element: int) -> Work:
 
 
 def _mean_context(case: Case, window: int | None) -> float:
-    contexts = range(case.tokens + 1, case.tokens + case.new + 1)
-    return sum(min(context, window or context) for context in contexts) / case.new
+    return _contexts(case.tokens + 1, case.tokens + case.new, window) / case.new
+
+
+def _contexts(first: int, last: int, window: int | None) -> int:
+    """Tokens that those at places ``first`` to ``last``, counted from 1, attend to, all together."""
+    return sum(min(context, window or context) for context in range(first, last + 1))
 
 
 def rates(device: torch.device, dtype: torch.dtype) -> Rates:

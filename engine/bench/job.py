@@ -4,25 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 #: Peers by name, with the distribution each needs beside torch.
-PEERS: Mapping[str, str] = {"hf": "transformers", "inductor": "transformers", "deepspeed": "deepspeed"}
+PEERS: Mapping[str, str] = {
+    "hf": "transformers",
+    "inductor": "transformers",
+    "autotune": "transformers",
+    "deepspeed": "deepspeed",
+}
 
 #: Kernel sets by name, the fastest first; one that cannot run says so in its row.
 KERNELS = ("specialized", "generic", "eager")
+
+Kind = Literal["decode", "prefill", "encode"]
 
 
 @dataclass(frozen=True)
 class Case:
     """One thing to measure: ``batch`` sequences of ``tokens`` tokens each.
 
-    new: tokens to generate behind such prompts, timed one by one; 0 is a forward pass of whole sequences.
+    new:   tokens to generate behind such prompts, timed one by one; 0 is a forward pass of whole sequences.
+    first: the time until the first token behind the prompts is there, instead; ``new`` is 1 then.
     """
 
     batch: int
     tokens: int
     new: int = 0
+    first: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        """What its times are of: one token, the first token, or one pass."""
+        if self.first:
+            return "prefill"
+        return "decode" if self.new else "encode"
+
+    @property
+    def room(self) -> int:
+        """Tokens of a sequence in the end; token by token, one more is generated than is timed."""
+        return self.tokens + self.new + (self.kind == "decode")
 
     def __str__(self) -> str:
         return f"batch {self.batch}" if self.new else f"batch {self.batch} of {self.tokens} tokens"
@@ -36,6 +57,7 @@ class Request:
     random:  draw its weights at random, even where there are some.
     batches: sequences at a time.
     prompt, new: tokens of a decoder's prompts, and how many to time behind them.
+    first:   time the first token behind the prompts instead.
     tokens:  lengths of an encoder's sequences; none for those of ``survey.ENCODER_TOKENS`` that fit.
     name:    what tables call it; "" for the directory's name.
     """
@@ -45,6 +67,7 @@ class Request:
     batches: tuple[int, ...] = (1, 4, 8, 16)
     prompt: int = 128
     new: int = 64
+    first: bool = False
     tokens: tuple[int, ...] = ()
     name: str = ""
 

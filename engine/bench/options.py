@@ -15,12 +15,14 @@ examples:
   slipstream bench my.json
   slipstream bench my.json --against hf,inductor --batch 1,8 --chart bench.png
   slipstream bench my.json --kernels specialized,generic --json bench.json
+  slipstream bench my.json --first-token --prompt 2048 --batch 1
   slipstream bench my.json --random-weights --against none
 
 A decoder: time of one more token behind a prompt, all sequences of the batch
-together. An encoder: time of one pass, ids in, hidden states out. Beside each
-stands the floor: the bytes it must read (weights, cache) at the bandwidth
-measured here, or its arithmetic at the rate measured here, whichever is longer.
+together (--first-token: of the prompt and its first token). An encoder: time of
+one pass, ids in, hidden states out. Beside each stands the floor: the bytes it
+must read (weights, cache) at the bandwidth measured here, or its arithmetic at
+the rate measured here, whichever is longer.
 
 Every kernel set and every peer runs in a process of its own, one after the
 other. One that is not installed or fails gets a line that says so.
@@ -58,6 +60,9 @@ def measures(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", metavar="N", type=count, default=128, help="tokens of a prompt (128)")
     parser.add_argument("--new", metavar="N", type=count, default=64, help="tokens to time behind it (64)")
+    parser.add_argument(
+        "--first-token", action="store_true", help="time the first token behind the prompt (prefill) instead of those"
+    )
     parser.add_argument(
         "--tokens", metavar="N,N", type=counts, default=(), help="lengths of an encoder's sequences (128,384)"
     )

@@ -41,6 +41,7 @@ RUNNERS: Mapping[str, tuple[str, str]] = {
     "slipstream": ("engine.bench.own", "Slipstream"),
     "hf": ("engine.bench.peers", "HuggingFace"),
     "inductor": ("engine.bench.peers", "Inductor"),
+    "autotune": ("engine.bench.peers", "Autotune"),
     "deepspeed": ("engine.bench.peers", "DeepSpeed"),
 }
 

@@ -68,6 +68,9 @@ class HuggingFace:
             with torch.inference_mode():
                 return self.caller(ids, attention_mask=mask)
 
+        if case.first:
+            generate(1)
+            return passes(lambda: generate(1), self.rounds, self.device)
         if case.new:
             generate(2)
             return generation(generate, case, self.rounds, self.device)
@@ -79,8 +82,12 @@ class Inductor(HuggingFace):
     """The same model through torch.compile, its shapes static; on a GPU in one CUDA graph.
 
     For decoding that is the forward pass of one token over a static cache, replayed, without choosing the token: the
-    figure that favours it. What cannot be captured runs in the mode ``reduce-overhead`` instead, and says so.
+    figure that favours it. For the first token it is the pass of the prompts that fills an empty cache and gives their
+    last logits. What cannot be captured runs in the mode ``without_graph`` instead, and says so.
     """
+
+    mode: str | None = None
+    without_graph = "reduce-overhead"
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
@@ -99,26 +106,36 @@ class Inductor(HuggingFace):
 
     def prepare(self, case: Case) -> Prepared:
         """Compiles, and captures where there is a GPU."""
-        call, before = self._step(case) if case.new else (self._pass(case), _nothing)
-        what = ("forward only" if self._static else f"forward only; {NO_STATIC_CACHE}") if case.new else ""
+        call, before = self._step(case) if case.kind == "decode" else (self._pass(case), _nothing)
+        what = "" if case.kind == "encode" else "forward only"
+        if case.kind == "decode" and not self._static:
+            what = f"{what}; {NO_STATIC_CACHE}"
         if self.device.type != "cuda":
-            run = _inference(call(torch.compile(self.model.forward, dynamic=False)))
+            run = _inference(call(self._compiled(self.mode)))
             run()
             return passes(run, self.rounds, self.device, before, what)
         if self._refused:
             return self._without_graph(call, before, what)
         try:
-            replay = self._captured(_inference(call(torch.compile(self.model.forward, dynamic=False))), before)
+            replay = self._captured(_inference(call(self._compiled(self.mode))), before)
         except RuntimeError as error:
-            self._refused = f"no CUDA graph ({_first_line(error)}), so mode reduce-overhead"
+            self._refused = f"no CUDA graph ({_first_line(error)}), so mode {self.without_graph}"
             return self._without_graph(call, before, what)
         return passes(
             replay, self.rounds, self.device, before, f"{what}, in a CUDA graph" if what else "in a CUDA graph"
         )
 
+    def _compiled(self, mode: str | None) -> Callable[..., Any]:
+        return torch.compile(self.model.forward, dynamic=False, mode=mode)
+
     def _pass(self, case: Case) -> Call:
+        """Whole sequences; prompts leave their keys and values in a cache, and give the logits of their last tokens."""
         ids = random_ids(case, self.vocab).to(self.device)
-        return lambda forward: lambda: forward(ids)
+        given: dict[str, Any] = {}
+        if case.first:
+            takes = inspect.signature(self.model.forward).parameters
+            given = {"use_cache": True, **_known(takes, logits_to_keep=1)}
+        return lambda forward: lambda: forward(ids, **given)
 
     def _step(self, case: Case) -> tuple[Call, Callable[[], object]]:
         """One token behind a prompt, and what puts the cache back to where the prompt ends."""
@@ -169,7 +186,7 @@ class Inductor(HuggingFace):
     def _without_graph(self, call: Call, before: Callable[[], object], what: str) -> Prepared:
         torch.cuda.synchronize()
         torch.compiler.reset()
-        compiled = _inference(call(torch.compile(self.model.forward, dynamic=False, mode="reduce-overhead")))
+        compiled = _inference(call(self._compiled(self.without_graph)))
 
         def run() -> object:
             torch.compiler.cudagraph_mark_step_begin()
@@ -180,6 +197,13 @@ class Inductor(HuggingFace):
             run()
         note = f"{what}; {self._refused}" if what else self._refused
         return passes(run, self.rounds, self.device, before, note)
+
+
+class Autotune(Inductor):
+    """The same, with every matrix product tuned when it is compiled, which takes minutes."""
+
+    mode = "max-autotune-no-cudagraphs"
+    without_graph = "max-autotune"
 
 
 class DeepSpeed(HuggingFace):
@@ -215,6 +239,7 @@ class DeepSpeed(HuggingFace):
 RUNNERS: Mapping[str, Callable[[Job], HuggingFace]] = {
     "hf": HuggingFace,
     "inductor": Inductor,
+    "autotune": Autotune,
     "deepspeed": DeepSpeed,
 }
 

@@ -18,6 +18,8 @@ from engine.errors import EngineError
 WIDTH = 80
 #: An error no longer than this may stand in a cell of the Markdown table.
 SHORT = len("not installed")
+#: What a time is of, by the kind of a row.
+TIMES: Mapping[str, str] = {"decode": "ms/token", "prefill": "ms/first", "encode": "ms/pass"}
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,12 @@ class Row:
     """One case of one run; the JSON file is a list of these. What was not measured is null.
 
     model:        its name.
-    kind:         ``decode`` (times are for one token of all sequences) or ``encode`` (for one pass).
+    kind:         ``decode`` (times are for one token of all sequences), ``prefill`` (for the first token of all) or
+                  ``encode`` (for one pass).
     run:          kernel set of slipstream, or the peer.
     batch:        sequences at a time.
     tokens:       length of each prompt or sequence.
-    new:          generated tokens that were timed; 0 for a pass.
+    new:          generated tokens that were timed; 0 for a pass, 1 for the first token.
     precision:    fp32, bf16 or fp16.
     ms:           median wall time in milliseconds, with the smallest and the largest of ``samples``.
     gpu_ms:       sum of the times of all kernels (which may overlap), launches: their number.
@@ -101,7 +104,7 @@ def _row(
     median = statistics.median(result.ms) if result.ms else None
     return Row(
         model=outcome.job.subject.name,
-        kind="decode" if case.new else "encode",
+        kind=case.kind,
         run=outcome.name,
         batch=case.batch,
         tokens=case.tokens,
@@ -136,7 +139,7 @@ def table(found: Sequence[Row]) -> str:
     lines = []
     if measured:
         encode, gpu = measured[0].kind == "encode", any(row.gpu_ms is not None for row in measured)
-        headers = ["batch", "run", "ms/pass" if encode else "ms/token", "range"]
+        headers = ["batch", "run", TIMES[measured[0].kind], "range"]
         headers += [*(["GPU ms"] if gpu else []), "floor", "of floor"]
         ordered = sorted(measured, key=lambda row: (row.tokens, row.batch))
         cells = [_cells(row, encode, gpu) for row in ordered]
@@ -197,15 +200,15 @@ def rates_in_words(rates: Mapping[str, float], precision: str) -> str:
 
 
 def markdown(found: Sequence[Row], kernels: Sequence[str], peers: Sequence[str]) -> str:
-    """One Markdown table of all models, ms a token or pass: the floor, our kernel sets (the first of ``kernels`` last,
-    with the share of the floor that it reaches), the peers. What failed, and notes, stand below."""
+    """One Markdown table of all models, ms a token, first token or pass: the floor, our kernel sets (the first of
+    ``kernels`` last, with the share of the floor that it reaches), the peers. What failed, and notes, stand below."""
     heads = ["model", "batch", "floor", *reversed(kernels), "% of floor", *peers]
     lines = [f"| {' | '.join(heads)} |", f"|---|{'--:|' * (len(heads) - 1)}"]
-    for (model, precision, batch, tokens), group in _groups(found).items():
+    for (model, precision, batch, _), group in _groups(found).items():
         by = {row.run: row for row in group}
         best = by.get(kernels[0]) if kernels else None
         share = "-" if best is None or best.percent is None else percentage(best.percent).removesuffix("%")
-        name = f"{model}, {precision}" + (f", {tokens} tokens" if group[0].kind == "encode" else "")
+        name = f"{model}, {precision}{_length(group[0])}"
         cells = [name, str(batch), number(group[0].floor_ms), *(_cell(by.get(run)) for run in reversed(kernels)), share]
         lines.append(f"| {' | '.join([*cells, *(_cell(by.get(run)) for run in peers)])} |")
     remarks: list[str] = []
@@ -213,6 +216,13 @@ def markdown(found: Sequence[Row], kernels: Sequence[str], peers: Sequence[str])
         own = [row for row in found if (row.model, row.precision) == (model, precision)]
         remarks += [f"- {model}, {precision}; {about}: {text}" for text, about in _remarks(own).items()]
     return "\n".join([*lines, "", *remarks] if remarks else lines)
+
+
+def _length(row: Row) -> str:
+    """What tells rows of one model apart beside the batch."""
+    if row.kind == "decode":
+        return ""
+    return f", {row.tokens} tokens" if row.kind == "encode" else f", first token behind {row.tokens}"
 
 
 def _groups(found: Iterable[Row]) -> dict[tuple[str, str, int, int], list[Row]]:

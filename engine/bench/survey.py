@@ -120,13 +120,22 @@ def _task(directory: Path, config: Config) -> Task:
 def _cases(request: Request, spec: ModelSpec) -> tuple[Case, ...]:
     limit = spec.max_positions
     if spec.head is not None and spec.head.task == "causal_lm":
-        need = request.prompt + request.new + 1
+        new = 1 if request.first else request.new
+        cases = tuple(Case(batch, request.prompt, new, request.first) for batch in request.batches)
+        need = cases[0].room
+        if need > limit and request.first:
+            raise EngineError(
+                f"--prompt {request.prompt} takes {need} tokens with the first new one, "
+                f"but this model ends at {limit}: lower it"
+            )
         if need > limit:
             raise EngineError(
                 f"--prompt {request.prompt} and --new {request.new} take {need} tokens with the one that is not timed, "
                 f"but this model ends at {limit}: lower one of the two"
             )
-        return tuple(Case(batch, request.prompt, request.new) for batch in request.batches)
+        return cases
+    if request.first:
+        raise EngineError("--first-token needs a causal LM, this model is an encoder: leave it out")
     lengths = request.tokens
     if not lengths:
         lengths = tuple(tokens for tokens in ENCODER_TOKENS if tokens <= limit) or (limit,)
@@ -140,7 +149,7 @@ def _document(given: Mapping[str, Any], cases: Sequence[Case], plan: build.Plan,
     document = {name: section for name, section in given.items() if name not in ("job", "generation")}
     inference = dict(document.get("inference", {}))
     inference["max_batch"] = max(case.batch for case in cases)
-    need = max(case.tokens + case.new + (1 if case.new else 0) for case in cases)
+    need = max(case.room for case in cases)
     own = inference.get("max_tokens", "auto")
     if own == "auto" or own < need:
         inference["max_tokens"] = min(-(-need // ROUND) * ROUND, plan.spec.max_positions)

@@ -16,6 +16,7 @@ TARGETS = (
     "test",
     "test-oldest",
     "test-gpu",
+    "sanitize",
     "lint",
     "format",
     "schema",
@@ -64,6 +65,33 @@ def test_old_python_is_refused_by_name(tmp_path, version, accepted):
     done = make("check-python", f"PYTHON={python}")
     assert (done.returncode == 0) is accepted
     assert (f"{python} does not run, or is older than Python 3.11" in done.stderr) is not accepted
+
+
+def test_without_compute_sanitizer_one_line_says_where_it_comes_from(tmp_path):
+    done = make("sanitize", f"PYTHON={fake_python(tmp_path, (3, 12))}", "SANITIZER=no-such-sanitizer")
+    assert done.returncode != 0
+    first, *rest = done.stderr.splitlines()
+    assert first.startswith("no-such-sanitizer is not on the PATH. It comes with the CUDA toolkit")
+    assert "make sanitize SANITIZER=" in first
+    assert all(line.startswith("make:") for line in rest)
+
+
+def test_an_unknown_tool_is_refused_by_name(tmp_path):
+    done = make("sanitize", f"PYTHON={fake_python(tmp_path, (3, 12))}", "TOOL=memchek", "SANITIZER=true")
+    assert done.returncode != 0
+    assert done.stderr.startswith("TOOL=memchek: there are memcheck, racecheck, synccheck and initcheck")
+
+
+def test_the_sanitizer_starts_pytest_without_the_caching_allocator(tmp_path):
+    sanitizer = tmp_path / "sanitizer"
+    sanitizer.write_text('#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING" "$@"\n', encoding="utf-8")
+    sanitizer.chmod(0o755)
+    python = fake_python(tmp_path, (3, 12))
+    done = make("-s", "sanitize", f"PYTHON={python}", f"SANITIZER={sanitizer}", "TOOL=racecheck", "ARGS=-k ring")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1 --tool racecheck --error-exitcode 1 --target-processes all")
+    assert f"{python} -m pytest -m gpu and sanitize -x" in done.stdout
+    assert done.stdout.endswith("tests/ops -k ring\n")
 
 
 @pytest.mark.parametrize("target", ["demo", "test", "test-oldest", "lint"])

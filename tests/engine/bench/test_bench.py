@@ -84,6 +84,21 @@ def test_a_decoder_beside_its_peers(config: Path, tmp_path: Path, capsys: pytest
     assert size_of_png(tmp_path / "rows.png")[0] > 900
 
 
+def test_the_first_token(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.json"
+    runs = ["--kernels", "eager", "--against", "hf", "--batch", "2", "--json", str(path), "--first-token"]
+    assert cli.main(["bench", str(config), *SHORT, *runs]) == 0
+    out = capsys.readouterr().out
+    assert "its own weights: the first token behind prompts of 16" in out
+    assert "ms/first" in out
+    rows = json.loads(path.read_text("utf-8"))
+    assert [(row["run"], row["kind"], row["batch"], row["tokens"], row["new"]) for row in rows] == [
+        ("eager", "prefill", 2, 16, 1),
+        ("hf", "prefill", 2, 16, 1),
+    ]
+    assert all(row["samples"] == 8 and row["ms"] > 0 and row["error"] == "" for row in rows)
+
+
 def test_an_encoder_without_weights_and_a_set_that_cannot_run(
     empty_encoder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -160,7 +175,10 @@ def test_ctrl_c_ends_the_workers_too(config: Path, repository: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--against", "vllm"], 'argument --against: unknown peer "vllm" (there are hf, inductor, deepspeed)'),
+        (
+            ["--against", "vllm"],
+            'argument --against: unknown peer "vllm" (there are hf, inductor, autotune, deepspeed)',
+        ),
         (
             ["--kernels", "eagr"],
             'argument --kernels: unknown kernel set "eagr" (there are specialized, generic, eager)',
@@ -168,7 +186,7 @@ def test_ctrl_c_ends_the_workers_too(config: Path, repository: Path) -> None:
         (["--against", ","], "argument --against: no peer given"),
         (["--batch", "1,x"], 'argument --batch: got "x", wanted a whole number from 1'),
         (["--new", "0"], 'argument --new: got "0", wanted a whole number from 1'),
-        (["--python", "hf"], 'argument --python: got "hf", wanted hf|inductor|deepspeed=PROGRAM'),
+        (["--python", "hf"], 'argument --python: got "hf", wanted hf|inductor|autotune|deepspeed=PROGRAM'),
         (["--python", "hf=no-such-python"], "argument --python: no-such-python: no such program"),
         (["--json", "none/x.json"], "--json none/x.json: there is no directory "),
         (["--set", "device=gpu"], '$.device: got "gpu"'),
@@ -193,6 +211,8 @@ def _ask(directory: Path, **changes: object) -> dict[str, object]:
 def test_a_survey_refuses_in_one_line_what_does_not_fit(tmp_path: Path) -> None:
     decoder, encoder = tiny("gpt2", "causal_lm").directory, tiny("bert", "embedding").directory
     assert "take 1001 tokens with the one that is not timed, but this model ends at" in str(_ask(decoder, prompt=936))
+    assert "--prompt 1024 takes 1025 tokens with the first new one" in str(_ask(decoder, prompt=1024, first=True))
+    assert "--first-token needs a causal LM" in str(_ask(encoder, first=True))
     assert _ask(encoder, tokens=(16, 600))["error"] == "--tokens 600, but this model ends at 128: lower it"
     (tmp_path / "x.txt").touch()
     assert "random weights need the config.json" in str(_ask(tmp_path, random=True))
@@ -233,6 +253,40 @@ def test_the_static_step_is_the_model_s_next_one_and_can_be_repeated(kind: str) 
             before()
             found = run().logits[:, -1]
     assert torch.allclose(found, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["inductor", "autotune"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gpt_neo"])
+def test_the_pass_ahead_of_the_first_token_gives_its_logits_and_fills_a_cache(kind: str, name: str) -> None:
+    """What inductor compiles, uncompiled, and again: each pass begins with an empty cache."""
+    case = Case(batch=2, tokens=11, new=1, first=True)
+    peer = peers.RUNNERS[name](Job(name, subject(kind, "causal_lm"), (case,)))
+    assert isinstance(peer, peers.Inductor)
+    ids = peers.random_ids(case, peer.vocab)
+    with torch.inference_mode():
+        wanted = peer.model(ids).logits[:, -1]
+        run = peer._pass(case)(peer.model.forward)
+        for _ in range(2):
+            found = run()
+            assert torch.allclose(found.logits[:, -1], wanted, atol=1e-4)
+            cache = getattr(found, "cache", None) or found.past_key_values
+            length = cache[0][0].shape[-2] if isinstance(cache, tuple) else cache.get_seq_length()  # tuples, once
+            assert length == 11
+
+
+@pytest.mark.parametrize(("first", "calls"), [(False, [1, 6] * 5), (True, [1] * 14)])
+def test_what_is_asked_of_the_engine(first: bool, calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the first token every call is timed: one ahead of all, one to warm up, four a round."""
+    asked: list[int] = []
+
+    def generate(self: object, rows: object, *, max_new_tokens: int, **options: object) -> None:
+        asked.append(max_new_tokens)
+
+    case = Case(1, 4, 1 if first else 5, first)
+    runner = own.Slipstream(Job("slipstream", subject("gpt2", "causal_lm"), (case,), kernels="eager", rounds=3))
+    monkeypatch.setattr("engine.engine.Engine.generate", generate)
+    runner.prepare(case).measure()
+    assert asked == calls
 
 
 def test_generation_is_timed_over_new_tokens_alone() -> None:

@@ -46,6 +46,23 @@ def test_windows_bound_what_is_read_of_the_cache() -> None:
     assert floors.work(neo, Case(1, 10, 4), 1).bytes == weights + 2 * 8 * (12.5 + 5)
 
 
+def test_ahead_of_the_first_token_the_head_sees_one_and_none_looks_ahead() -> None:
+    case = Case(batch=3, tokens=4, new=1, first=True)
+    work = floors.work(GPT2, case, element=2)
+    assert work.bytes == 2 * GPT2_WEIGHTS
+    layers, head = GPT2_WEIGHTS - 100 * 8, 100 * 8
+    assert work.flops == 3 * (2 * (layers * 4 + head) + 2 * 4 * 8 * (1 + 2 + 3 + 4))
+    assert (case.room, Case(3, 4, 1).room, Case(3, 4).room) == (5, 6, 4)
+
+
+def test_a_window_bounds_what_a_prompt_attends_to() -> None:
+    values = {"vocab_size": 100, "hidden_size": 8, "num_layers": 2, "num_heads": 2, "window_size": 3}
+    neo = spec("gpt_neo", architectures=["GPTNeoForCausalLM"], attention_types=[[["global", "local"], 1]], **values)
+    body, head = floors.linear_weights(neo)
+    work = floors.work(neo, Case(1, 5, 1, first=True), 1)
+    assert work.flops == 2 * (body * 5 + head) + 4 * 8 * (1 + 2 + 3 + 4 + 5) + 4 * 8 * (1 + 2 + 3 + 3 + 3)
+
+
 def test_grouped_queries_gates_and_an_untied_head() -> None:
     llama = spec(
         "llama",

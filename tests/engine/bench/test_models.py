@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -51,19 +52,43 @@ def test_a_table_of_two_models(
     monkeypatch.setattr(models, "TABLE", (models.Entry("small", "fp32"), models.Entry("round", "fp32")))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     path = tmp_path / "rows.json"
-    options = ["--kernels", "eager", "--against", "hf,deepspeed", "--batch", "2", "--prompt", "9", "--new", "4"]
+    options = [
+        "--kernels",
+        "eager,specialized",
+        "--against",
+        "hf,deepspeed",
+        "--batch",
+        "2",
+        "--prompt",
+        "9",
+        "--new",
+        "4",
+    ]
     options += ["--tokens", "7", "--rounds", "1", "--together", "6", "--limit-seconds", "240", "--device", "cpu"]
     monkeypatch.setattr("sys.argv", ["models", *options, "--json", str(path)])
     models.main()
     lines = capsys.readouterr().out.splitlines()
-    assert "| model | batch | floor | eager | % of floor | hf | deepspeed |" in lines
+    assert "| model | batch | floor | specialized | eager | % of floor | hf | deepspeed |" in lines
     (first,) = [line for line in lines if line.startswith("| small, fp32 | 2 | ")]
     (second,) = [line for line in lines if line.startswith("| round, fp32, 7 tokens | 2 | ")]
     assert first.endswith("| not installed |")
-    assert "failed" not in first + second
+    assert [line.count("failed") for line in (first, second)] == [1, 1]  # a set that refuses fp32 costs its own cell
+    refusal = 'specialized: kernels "specialized" do not run this model here: it computes in fp16 or bf16, not'
+    assert [refusal in line for line in lines[-4:]].count(True) == 2
     rows = read_json(path)
     assert [(row.model, row.run) for row in rows] == [
-        (name, run) for name in ("small", "round") for run in ("eager", "hf", "deepspeed")
+        (name, run) for name in ("small", "round") for run in ("eager", "specialized", "hf", "deepspeed")
     ]
-    assert all(row.samples for row in rows if row.run != "deepspeed")
+    assert all(row.samples for row in rows if row.run in ("eager", "hf"))
     assert rows[0].command.startswith("python -m benchmarks.models --kernels eager")
+
+
+def test_precisions_of_the_table_are_chosen_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = Namespace(only=("gpt-neo-2.7b", "gpt2"), precisions=("fp32",))
+    assert models.entries(chosen) == [models.Entry("gpt-neo-2.7b", "fp32")]
+    monkeypatch.setattr("sys.argv", ["models", "--only", "gpt2", "--precisions", "fp32"])
+    with pytest.raises(SystemExit, match="2"):
+        models.main()
+    assert "none of --only has one of --precisions" in capsys.readouterr().err

@@ -41,7 +41,7 @@ WIDE = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["decode", "encode"])
+@pytest.mark.parametrize("kind", ["decode", "prefill", "encode"])
 def test_the_table_fits_80_columns(kind: str) -> None:
     found = [replace(one, kind=kind, tokens=384) for one in WIDE]
     text = report.table(found)
@@ -52,6 +52,7 @@ def test_the_table_fits_80_columns(kind: str) -> None:
     assert "deepspeed, batch 1: RuntimeError: CUDA error: an illegal memory access was encountered" in joined
     assert "inductor: forward only, in a CUDA graph" in joined
     assert ("16 x 384" in text) is (kind == "encode")
+    assert {"decode": "ms/token", "prefill": "ms/first", "encode": "ms/pass"}[kind] in text
 
 
 def test_without_a_gpu_there_is_no_column_for_it_and_without_figures_no_table() -> None:
@@ -74,6 +75,11 @@ def test_markdown_has_our_sets_in_order_then_the_peers() -> None:
     assert lines[2] == "| gpt2, fp16 | 1 | 0.0590 | 0.420 | 0.118 | 50 | 15.3 | failed |"
     assert lines[3] == "| gpt2, fp16 | 16 | 0.0590 | - | - | - | - | - |"
     assert lines[5].startswith("- gpt2, fp16; deepspeed, batch 1: RuntimeError: CUDA error")
+
+
+def test_markdown_says_what_a_first_token_stands_behind() -> None:
+    lines = report.markdown([row("eager", 9.0, kind="prefill", tokens=2048, new=1)], ["eager"], []).splitlines()
+    assert lines[2].startswith("| gpt2, fp16, first token behind 2048 | 1 | ")
 
 
 def test_the_json_file_is_a_flat_list(tmp_path: Path) -> None:
