@@ -1,7 +1,8 @@
-"""The encoder path of the ``specialized`` set: five launches a layer, the whole forward in one CUDA graph.
+"""The encoder path of the ``specialized`` set: five to seven launches a layer, the whole forward in one CUDA graph.
 
-A layer is: norm + QKV, attention, projection + residual, norm + up + activation, down + residual. Buckets, buffers and
-graphs are those of :mod:`ops.generic.encoder_graph`.
+A layer is: norm + QKV, attention, projection + residual, norm + up + activation, down + residual; norms may have
+launches of their own. Buckets, buffers and graphs are those of :mod:`ops.generic.encoder_graph`. It is taken where it
+was measured ahead of the graph of ``generic``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ops.macro_ops import MacroOps
 from ops.plan import StepPlan
 from ops.spec import ModelSpec, RotaryPositions
 from ops.specialized.encoder_forward import Forward, Norms, Room, TileChoice
-from ops.specialized.tile_table import tile_for
+from ops.specialized.tile_table import AHEAD, tile_for
 from ops.weights import ModelWeights
 
 log = logging.getLogger("slipstream.kernels")
@@ -74,11 +75,13 @@ class EncoderPlan(EncoderGraphs):
         spec: ModelSpec,
         weights: ModelWeights,
         *,
-        norms: Norms = "fused",
+        norms: Norms = "separate",
         tiles: TileChoice = tile_for,
         head: Head | None = None,
+        tokens: int = TOKENS,
     ) -> None:
-        """``norms`` says where norms are computed (see :data:`Norms`), ``tiles`` how products are cut.
+        """``norms`` says where norms are computed (see :data:`Norms`), ``tiles`` how products are cut, ``tokens`` the
+        largest step.
 
         ``head`` gets hidden rows [R, hidden] (the first of each sequence if the spec's head says so) and becomes part
         of the graph. Raises :class:`KernelError` for a model that this path cannot run. fp32 weights are taken too.
@@ -88,7 +91,7 @@ class EncoderPlan(EncoderGraphs):
             raise KernelError(
                 f'the encoder path cannot run this {spec.family} model: {reason}; set "kernels" to "generic"'
             )
-        super().__init__(spec, weights, Limits(TOKENS, SEQUENCES, LONGEST), head)
+        super().__init__(spec, weights, Limits(tokens, SEQUENCES, LONGEST), head)
         self.norms, self.tiles = norms, tiles
         self._room: Room | None = None
 
@@ -100,15 +103,20 @@ class EncoderPlan(EncoderGraphs):
 
 
 def encoder_step_plan(
-    spec: ModelSpec, weights: ModelWeights, ops: MacroOps, fallback: StepPlan, *, norms: Norms = "fused"
+    spec: ModelSpec, weights: ModelWeights, ops: MacroOps, fallback: StepPlan, *, tokens: int | None = None
 ) -> StepPlan:
     """A plan for ``Bucket("encode")``: the encoder path where it serves, else ``fallback``.
 
     ops:      whose ``head`` computes the heads.
     fallback: serves long sequences, large batches, and models that this path does not take.
+    tokens:   the largest step that this path takes; None for what was measured to pay.
     """
+    tokens = AHEAD.get((spec.hidden, spec.ffn), 0) if tokens is None else tokens
+    if not tokens:
+        return fallback
     reason = supports(spec, weights.embed.token.dtype) or _not_plain(weights)
     if reason is not None:
         log.info("no encoder path for this %s model: %s", spec.family, reason)
         return fallback
-    return graph_plan(EncoderPlan(spec, weights, norms=norms, head=graph_head(spec, weights, ops)), ops, fallback)
+    head = graph_head(spec, weights, ops)
+    return graph_plan(EncoderPlan(spec, weights, head=head, tokens=tokens), ops, fallback)

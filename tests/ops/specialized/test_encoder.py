@@ -17,7 +17,8 @@ from ops.generic import encoder_graph
 from ops.macro_ops import walk
 from ops.plan import Bucket, Launch, StepInputs, StepPlan, StepResult, StepState
 from ops.spec import ALiBiPositions, HeadSpec, LearnedPositions, ModelSpec, RotaryPositions
-from ops.specialized.encoder import EncoderPlan, encoder_step_plan, supports
+from ops.specialized import tile_table
+from ops.specialized.encoder import TOKENS, EncoderPlan, encoder_step_plan, supports
 from ops.specialized.encoder_forward import Norms
 from ops.specialized.tile_table import Tile
 from ops.weights import Linear, ModelWeights, Packer
@@ -167,7 +168,7 @@ def test_heads(device: str, head: str, captured: bool, monkeypatch: pytest.Monke
     one = replace(ENCODER, head=HEADS[head])
     weights, kernels = packed(one, torch.float16, device), EagerKernels()
     plan = encoder_step_plan(
-        one, weights, kernels, StepPlan(Bucket("encode"), walk(one, weights, kernels, SingleProcess()))
+        one, weights, kernels, StepPlan(Bucket("encode"), walk(one, weights, kernels, SingleProcess())), tokens=TOKENS
     )
     for lengths in ((3, 1, 2, 1, 2), (9,)):
         inputs = batch(one, lengths, device)
@@ -200,11 +201,11 @@ def test_what_it_does_not_cover_goes_to_the_fallback(device: str, lengths: tuple
         state.hidden = state.inputs.token_ids
 
     fallback = StepPlan(Bucket("encode"), [Launch("walked", run)])
-    plan = encoder_step_plan(one, weights, EagerKernels(), fallback)
+    plan = encoder_step_plan(one, weights, EagerKernels(), fallback, tokens=TOKENS)
     inputs = batch(one, lengths, device)
     assert not plan.guards(inputs)
     guarding = replace(fallback, guards=lambda inputs: True)
-    assert encoder_step_plan(one, weights, EagerKernels(), guarding).guards(inputs)
+    assert encoder_step_plan(one, weights, EagerKernels(), guarding, tokens=TOKENS).guards(inputs)
     plan.run(inputs)
     assert seen == [lengths]
     with pytest.raises(KernelError, match="the encoder path takes up to 1024 tokens of 64 sequences"):
@@ -232,7 +233,7 @@ def test_other_models_are_refused_by_name(changes: dict[str, Any], message: str)
     with pytest.raises(KernelError, match=f'cannot run this test model: .*{message}.*; set "kernels" to "generic"'):
         EncoderPlan(one, packed(ENCODER, torch.float16))
     walked = StepPlan(Bucket("encode"), [Launch("walked", lambda state: None)])
-    assert encoder_step_plan(one, packed(ENCODER, torch.float16), EagerKernels(), walked) is walked
+    assert encoder_step_plan(one, packed(ENCODER, torch.float16), EagerKernels(), walked, tokens=TOKENS) is walked
 
 
 def test_dtypes_and_packed_weights() -> None:
@@ -250,3 +251,15 @@ def test_dtypes_and_packed_weights() -> None:
     odd = replace(weights, layers=(weights.layers[0], replace(weights.layers[1], up=Linear(Packed()))))
     with pytest.raises(KernelError, match="it reads plain weights, not Packed"):
         EncoderPlan(ENCODER, odd)
+
+
+def test_only_what_was_measured_ahead_is_taken() -> None:
+    """Without a figure ``generic`` serves; with one this path does, up to that many rows."""
+    weights, kernels = packed(ENCODER, torch.float16), EagerKernels()
+    walked = StepPlan(Bucket("encode"), [Launch("walked", lambda state: None)])
+    assert encoder_step_plan(ENCODER, weights, kernels, walked) is walked
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(tile_table.AHEAD, (ENCODER.hidden, ENCODER.ffn), 8)
+        plan = encoder_step_plan(ENCODER, weights, kernels, walked)
+        assert plan.guards(batch(ENCODER, (3, 5), torch.device("cpu")))
+        assert not plan.guards(batch(ENCODER, (3, 6), torch.device("cpu")))
