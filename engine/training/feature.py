@@ -63,6 +63,10 @@ class Feature:
         """The step is counted. Returns what the feature wants to see in the metrics."""
         return {}
 
+    def step_skipped(self, progress: Progress) -> None:
+        """Instead of the two before: a gradient overflowed in fp16, the weights are as they were, and the step does not
+        count."""
+
     def state_dict(self) -> dict[str, Any]:
         """What the feature needs to go on exactly where it stopped."""
         return {}

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from engine.errors import EngineError
 from engine.training.feature import Feature, Progress
+from engine.training.precision import Precision
+
+log = logging.getLogger("slipstream.training")
 
 #: Computes a micro-batch's mean loss, a scalar.
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -19,25 +26,58 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 
 @dataclass(frozen=True)
 class StepReport:
-    """step: optimizer steps done; loss: mean over the step's micro-batches; metrics: what features report, by name."""
+    """What an optimizer step did.
+
+    step:           optimizer steps done. loss: mean over the step's micro-batches, before features change it.
+    metrics:        what features report, by name.
+    skipped:        a gradient overflowed in fp16: nothing changed but the loss scale, and ``step`` did not count up.
+    learning_rates: of each parameter group, as the step used them.
+    grad_norm:      L2 norm of all gradients before clipping; None where nothing is clipped.
+    """
 
     step: int
     loss: float
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    skipped: bool = False
+    learning_rates: tuple[float, ...] = ()
+    grad_norm: float | None = None
 
 
 class Loop:
-    """Trains ``model`` with ``optimizer``; every feature's hooks are called in the order of ``features``."""
+    """Trains ``model`` with ``optimizer``; every feature's hooks are called in the order of ``features``.
+
+    A step is :meth:`train_batch`; or, micro-batch by micro-batch, :meth:`forward`, :meth:`backward` and :meth:`step`.
+    """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, loss: LossFunction, features: Sequence[Feature] = ()
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loss: LossFunction,
+        features: Sequence[Feature] = (),
+        *,
+        schedule: LRScheduler | None = None,
+        precision: Precision | None = None,
+        clip_norm: float | None = None,
+        accumulation: int = 1,
     ) -> None:
+        """``clip_norm`` is the largest L2 norm of all gradients together; ``accumulation`` the micro-batches that make
+        a step in the three calls."""
         names = [feature.name for feature in features]
         if len(set(names)) != len(names):
             raise EngineError(f"training features are named {', '.join(names)}: each may stand once")
+        if clip_norm is not None and clip_norm <= 0:
+            raise EngineError(f"clip_norm is {clip_norm}: it must be above 0, or left out")
+        if accumulation < 1:
+            raise EngineError(f"accumulation is {accumulation}: a step needs at least one micro-batch")
         self.progress = Progress(model, optimizer)
         self.features = tuple(features)
+        self.schedule, self.precision = schedule, precision or Precision()
+        self.clip_norm, self.accumulation = clip_norm, accumulation
         self._loss = loss
+        self._losses: list[Tensor] = []
+        self._overflowed = False
+        self.precision.assert_trains(model)
         for feature in self.features:
             feature.setup(self.progress)
 
@@ -45,46 +85,132 @@ class Loop:
         """One optimizer step on the mean gradient of ``micro_batches`` (at least one), which weigh the same."""
         if not micro_batches:
             raise EngineError("a step needs at least one micro-batch")
+        if self._losses:
+            raise EngineError(f"{len(self._losses)} micro-batches wait for their step: call step() first")
+        for batch in micro_batches:
+            self._backward(self.forward(batch), len(micro_batches))
+        return self._finish()
+
+    # The three calls
+
+    def forward(self, batch: Any) -> Tensor:
+        """The micro-batch's mean loss, a scalar with its graph. The first of a step clears the gradients."""
         progress = self.progress
-        progress.model.train()
-        progress.optimizer.zero_grad(set_to_none=True)
-        self._walk("step_start")
-        losses = [self._micro_batch(index, batch, len(micro_batches)) for index, batch in enumerate(micro_batches)]
+        if not self._losses:
+            progress.model.train()
+            progress.optimizer.zero_grad(set_to_none=True)
+            self._walk("step_start")
+        progress.micro_batch = len(self._losses)
+        with ExitStack() as stack:
+            for feature in self.features:
+                stack.enter_context(feature.forward_context(progress))
+            stack.enter_context(self.precision.forward())
+            return self._loss(progress.model, batch)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of a loss that :meth:`forward` gave (or of a multiple of it)."""
+        if len(self._losses) == self.accumulation:
+            raise EngineError(f"a step is {self.accumulation} micro-batches, and all have come: call step()")
+        self._backward(loss, self.accumulation)
+
+    def step(self) -> StepReport | None:
+        """The optimizer step once ``accumulation`` micro-batches have come, else None."""
+        if not self._losses:
+            raise EngineError("no micro-batch has come: call forward() and backward() before step()")
+        return self._finish() if len(self._losses) == self.accumulation else None
+
+    def _backward(self, loss: Tensor, count: int) -> None:
+        self._losses.append(loss.detach())
+        for feature in self.features:
+            loss = feature.loss(self.progress, loss)
+        self.precision.scaled(loss / count).backward()
+        self._walk("backward_end")
+
+    def _finish(self) -> StepReport:
+        """From complete gradients to the next step. One trip to the device, for the loss and the gradients' norm:
+        before the weights change, so that a loss that is no number leaves them as they were."""
+        progress, optimizer = self.progress, self.progress.optimizer
+        self.precision.unscale(optimizer)
         self._walk("optimizer_step_start")
-        progress.optimizer.step()
+        norm = self._clip()
+        loss, grad_norm = self._read(norm)
+        self._losses = []
+        rates = tuple(float(group["lr"]) for group in optimizer.param_groups)
+        if not self.precision.step(optimizer):
+            self._tell_overflow()
+            self._walk("step_skipped")
+            return StepReport(progress.step, loss, {}, True, rates, grad_norm)
         self._walk("optimizer_step_end")
+        if self.schedule is not None:
+            self.schedule.step()
         progress.step += 1
         metrics = {
             f"{feature.name}/{key}": v for feature in self.features for key, v in feature.step_end(progress).items()
         }
-        return StepReport(progress.step, sum(losses) / len(losses), metrics)
+        return StepReport(progress.step, loss, metrics, False, rates, grad_norm)
 
-    def _micro_batch(self, index: int, batch: Any, count: int) -> float:
-        self.progress.micro_batch = index
-        with ExitStack() as stack:
-            for feature in self.features:
-                stack.enter_context(feature.forward_context(self.progress))
-            loss = self._loss(self.progress.model, batch)
-        value = float(loss.detach())
-        for feature in self.features:
-            loss = feature.loss(self.progress, loss)
-        (loss / count).backward()
-        self._walk("backward_end")
-        return value
+    def _clip(self) -> Tensor | None:
+        if self.clip_norm is None:
+            return None
+        return nn.utils.clip_grad_norm_(self.progress.model.parameters(), self.clip_norm)
+
+    def _read(self, norm: Tensor | None) -> tuple[float, float | None]:
+        """The step's mean loss and the norm, on the host. Raises :class:`EngineError` if one of them is no number and
+        the loss scale is not to blame."""
+        values = torch.stack([*self._losses, *([] if norm is None else [norm])]).double().tolist()
+        losses = values[: len(self._losses)]
+        loss, found = sum(losses) / len(losses), None if norm is None else values[-1]
+        wrong = next((i for i, value in enumerate(losses) if not math.isfinite(value)), None)
+        step = self.progress.step + 1
+        if wrong is not None:
+            self._losses = []
+            raise EngineError(
+                f"step {step}: the loss of micro-batch {wrong} is {losses[wrong]}. The weights are as before the step: "
+                "look at that batch, lower the learning rate, or clip gradients (clip_norm)"
+            )
+        if found is not None and not math.isfinite(found) and self.precision.mode != "fp16":
+            self._losses = []
+            raise EngineError(
+                f"step {step}: the norm of the gradients is {found}. The weights are as before the step: lower the "
+                "learning rate, or look at the batch"
+            )
+        return loss, found
+
+    def _tell_overflow(self) -> None:
+        if not self._overflowed:
+            log.warning(
+                "a gradient overflowed in fp16: the step is skipped, the loss scale is %g now "
+                "(later ones are not told)",
+                self.precision.scale,
+            )
+        self._overflowed = True
 
     def _walk(self, hook: str) -> None:
         for feature in self.features:
             getattr(feature, hook)(self.progress)
 
     def state_dict(self) -> dict[str, Any]:
-        """Step count and every feature's state (the model's and the optimizer's are theirs to give)."""
-        return {"step": self.progress.step, "features": {f.name: f.state_dict() for f in self.features}}
+        """Step count, schedule, loss scale and every feature's state (the model's and the optimizer's are theirs to
+        give). Between two steps only."""
+        if self._losses:
+            raise EngineError("a step has begun: save between steps")
+        return {
+            "step": self.progress.step,
+            "features": {f.name: f.state_dict() for f in self.features},
+            "schedule": {} if self.schedule is None else self.schedule.state_dict(),
+            "precision": self.precision.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes :meth:`state_dict`'s result back. Raises where the features are not the same ones."""
+        """Takes :meth:`state_dict`'s result back. Raises where features, schedule or precision are others."""
         saved, own = set(state["features"]), {feature.name for feature in self.features}
         if saved != own:
             raise EngineError(f"the checkpoint has the state of features {sorted(saved)}, this run has {sorted(own)}")
+        if bool(state["schedule"]) != (self.schedule is not None):
+            raise EngineError(f"the checkpoint {'has' if state['schedule'] else 'lacks'} a schedule, unlike this run")
+        self.precision.load_state_dict(state["precision"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(dict(state["schedule"]))
         self.progress.step = state["step"]
         for feature in self.features:
             feature.load_state_dict(state["features"][feature.name])
