@@ -26,10 +26,12 @@ INSTALL_REQUIRES = [
 
 GGUF = ["gguf>=0.10", "accelerate>=1.0"]
 REPORT = ["matplotlib>=3.8"]  # charts of `slipstream bench`
+DATA = ["pyarrow>=17"]  # training data in Parquet files
 
 TEST = [
     *GGUF,
     *REPORT,
+    *DATA,
     "pytest>=8.2",
     "pytest-xdist>=3.6",
     "pytest-timeout>=2.3",
@@ -77,6 +79,7 @@ setup(
         "cuda13": ["cupy-cuda13x>=13.6"],
         "gguf": GGUF,
         "report": REPORT,
+        "data": DATA,
         "test": TEST,
         "dev": DEV,
     },

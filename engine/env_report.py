@@ -50,6 +50,7 @@ PIECES = (
         ("matplotlib",),
         "`slipstream bench` draws no charts: pip install 'slipstream-runtime[report]'",
     ),
+    Piece("pyarrow", ("pyarrow",), "training data in Parquet cannot be read: pip install 'slipstream-runtime[data]'"),
     Piece("nvidia-ml-py", ("nvidia-ml-py",), "driver version and free memory of the GPUs are not shown"),
 )
 
