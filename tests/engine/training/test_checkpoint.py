@@ -466,7 +466,7 @@ def test_other_numbers_of_processes(tmp_path: Path, caplog: pytest.LogCaptureFix
 
 
 def test_progress_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "slipstream.training")
     restored_box(saved_box(tmp_path, 7))
     first, second = told(caplog)
     size = r"\d+\.\d MB in \d+\.\d\d s"
