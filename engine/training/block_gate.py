@@ -59,6 +59,7 @@ class BlockGate:
 
     def remove(self) -> None:
         """Gives the block its own ``forward`` back."""
+        self.clear()  # for code that was compiled with the hooks in it
         for handle in self._hooks:
             handle.remove()
         self._hooks.clear()

@@ -339,8 +339,8 @@ def test_torch_compile_changes_nothing(kind: type[nn.Module]) -> None:
         compiled.eval()(batches(1)[0][0])  # compiled without gates first
     first, _ = with_drop(plain, gamma=0.5)
     second, drop = with_drop(compiled, gamma=0.5)
-    with torch.no_grad():
-        compiled.eval()(batches(1)[0][0])  # and with gates that have no hooks yet
+    compiled.eval()(batches(1)[0][0])
+    compiled.train()(batches(1)[0][0])  # and with gates that have no hooks yet
     for _ in range(8):
         a, b = first.train_batch(batches(2)), second.train_batch(batches(2))
         assert a.loss == pytest.approx(b.loss, rel=1e-5)
