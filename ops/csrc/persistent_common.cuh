@@ -81,7 +81,8 @@ constexpr int TOKENS_AT = OWN_AT + M * OWN_ROWS * 4, POSITIONS_AT = TOKENS_AT + 
 constexpr int AHEAD_AT = POSITIONS_AT + 4 * M;    // [M] the positions of the step that the helping warp has come to
 constexpr int SLOTS_AT = AHEAD_AT + 4 * M;           // [M] where in the pools each row's new key and value go
 constexpr int ORIGINS_AT = SLOTS_AT + 4 * M;      // [M] an element of each row of the stream, as it was before the last addition
-static_assert(ORIGINS_AT + 4 * M <= SHARED_BYTES, "the host has counted less");
+constexpr int FED_AT = ORIGINS_AT + 4 * M;         // stages that the feeding warp has asked for in this launch
+static_assert(FED_AT + 4 <= SHARED_BYTES, "the host has counted less");
 
 extern __shared__ __align__(1024) char memory[];
 
@@ -108,6 +109,7 @@ struct Block {
     static __device__ __forceinline__ int* positions_ahead() { return (int*)(memory + AHEAD_AT); }
     static __device__ __forceinline__ int& slot(int m) { return ((int*)(memory + SLOTS_AT))[m]; }
     static __device__ __forceinline__ float& origin(int m) { return ((float*)(memory + ORIGINS_AT))[m]; }
+    static __device__ __forceinline__ volatile u32& fed() { return *(volatile u32*)(memory + FED_AT); }
     static __device__ __forceinline__ u64 entry(int which) { return ((const u64*)(memory + TABLE_AT))[which]; }
     static __device__ __forceinline__ const u16* weight(int which) { return (const u16*)entry(which); }
     static __device__ __forceinline__ const u16* layer_weight(int layer, int which) {

@@ -221,7 +221,7 @@ __device__ __forceinline__ void attention_half(Block& b, int layer) {
         finish_qkv(b, layer, m, unit, sums);
     });
     attend(b, layer);
-    stage_halves<Q_SIZE, true, AttendedExchange>(b);
+    stage_halves<Q_SIZE, AttendedExchange>(b);
     consumers_sync();
     return_stages(b);
     if (b.thread < M) b.origin(b.thread) = b.own(b.thread)[0];
@@ -238,8 +238,10 @@ __device__ __forceinline__ void ffn_half(Block& b) {
         add_bias(sums, bias + (unit - P::first(b.id)) * P::UNIT, P::UNIT);
         finish_up(b, m, unit, sums);
     });
-    stage_halves<FFN, !DOWN_DIRECT, ActivationExchange>(b);
-    consumers_sync();
+    if (!DOWN_DIRECT) {
+        stage_halves<FFN, ActivationExchange>(b);
+        consumers_sync();
+    }
     return_stages(b);
     if (b.thread < M) b.origin(b.thread) = b.own(b.thread)[0];
     multiply<DOWN>(b, [&](int, int m, int row, float* sums) {
@@ -296,13 +298,14 @@ __device__ __forceinline__ void consume_all(Block& b, u64* out, int steps, bool 
         for (int m = b.thread; m < M; m += THREADS) tokens[m] = b.token(m), positions[m] = b.positions()[m];
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + 32 + HELPERS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS + 32 + HELPERS + 32, 1)
 persistent_decode(const u64* table, u64* out, int steps, int greedy) {
     Block b;
     b.id = blockIdx.x, b.thread = threadIdx.x, b.warp = __shfl_sync(~0u, threadIdx.x / 32, 0), b.lane = threadIdx.x % 32;
     b.quad = b.lane / 4, b.place = b.lane % 4, b.stage = b.parity = b.red_turn = b.halves = b.turns = b.owed = 0;
     for (int i = b.thread; i < POINTERS + LAYERS * LAYER_POINTERS; i += blockDim.x) ((u64*)(memory + TABLE_AT))[i] = table[i];
     if (b.thread == 0) {
+        b.fed() = 0;
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(b.address(FULL_AT) + 8 * i, 1);
             barrier_init(b.address(EMPTY_AT) + 8 * i, WARPS);
@@ -315,6 +318,7 @@ persistent_decode(const u64* table, u64* out, int steps, int greedy) {
     }
     __syncthreads();
     if (b.warp == WARPS) feed_all(b, steps);
-    else if (b.warp > WARPS) prepare_all(b, steps);
+    else if (b.warp == WARPS + 1) prepare_all(b, steps);
+    else if (b.warp == WARPS + 2) scout_all(b, steps);
     else consume_all(b, out, steps, greedy);
 }

@@ -26,9 +26,9 @@ __device__ __forceinline__ void await_arrivals(const Block& b) {
     barrier_wait(b.address(FULL_AT) + 8 * (wraps ? b.stage + STAGES - IN_FLIGHT : b.stage - IN_FLIGHT), b.parity ^ wraps);
 }
 
-// The feeding warp, for one product.
-template <int KIND>
-__device__ __forceinline__ void feed(Block& b, int layer, u64 policy) {
+// Every stage of one product that this block needs, in order: each(from, rows, bytes, pitch), where `from` is the lane's row.
+template <int KIND, class Each>
+__device__ __forceinline__ void walk(const Block& b, int layer, Each each) {
     using P = Product<KIND>;
     const u16* weight = weight_of<KIND>(b, layer);
     const int first = P::first(b.id), last = P::first(b.id + 1);
@@ -37,37 +37,57 @@ __device__ __forceinline__ void feed(Block& b, int layer, u64 policy) {
         const int rows = min(P::PER, last - unit0) * P::UNIT;
 #pragma unroll 1
         for (int k = 0; k < P::K; k += P::COLUMNS) {
-            const u32 bytes = 2 * min(P::COLUMNS, P::K - k);
 #pragma unroll 1
             for (int row0 = 0; row0 < rows; row0 += P::TALL) {
-                const int now = min(P::TALL, rows - row0), row = row0 + b.lane;
-                const u32 full = b.address(FULL_AT) + 8 * b.stage;
-                await_arrivals(b);
-                barrier_wait(b.address(EMPTY_AT) + 8 * b.stage, b.parity ^ 1);
-                if (b.lane == 0) barrier_expect(full, now * bytes);
-                __syncwarp();
-                if (b.lane < now) {
-                    const u16* from = weight + (size_t)P::row(unit0 + row / P::UNIT, row % P::UNIT) * P::K + k;
-                    bulk_copy(b.address(0) + b.stage * STAGE_BYTES + b.lane * P::PITCH, from, bytes, full, policy);
-                }
-                b.next_stage();
+                const int row = row0 + b.lane;
+                each(weight + (size_t)P::row(unit0 + row / P::UNIT, row % P::UNIT) * P::K + k, min(P::TALL, rows - row0),
+                     2 * min(P::COLUMNS, P::K - k), P::PITCH);
             }
         }
     }
 }
 
-__device__ __forceinline__ void feed_all(Block& b, int steps) {
-    const u64 policy = read_once_policy();
+template <class Each>
+__device__ __forceinline__ void walk_all(const Block& b, int steps, Each each) {
     for (; steps; --steps) {
 #pragma unroll 1
         for (int layer = 0; layer < LAYERS; ++layer) {
-            feed<QKV>(b, layer, policy);
-            feed<OUT>(b, layer, policy);
-            feed<UP>(b, layer, policy);
-            feed<DOWN>(b, layer, policy);
+            walk<QKV>(b, layer, each);
+            walk<OUT>(b, layer, each);
+            walk<UP>(b, layer, each);
+            walk<DOWN>(b, layer, each);
         }
-        feed<HEAD>(b, 0, policy);
+        walk<HEAD>(b, 0, each);
     }
+}
+
+// The feeding warp: from memory, or from L2 where the scout has brought it there, into the ring.
+__device__ __forceinline__ void feed_all(Block& b, int steps) {
+    const u64 policy = read_once_policy();
+    u32 fed = 0;
+    walk_all(b, steps, [&](const u16* from, int rows, u32 bytes, int pitch) {
+        const u32 full = b.address(FULL_AT) + 8 * b.stage;
+        await_arrivals(b);
+        barrier_wait(b.address(EMPTY_AT) + 8 * b.stage, b.parity ^ 1);
+        if (b.lane == 0) barrier_expect(full, rows * bytes);
+        __syncwarp();
+        if (b.lane < rows) bulk_copy(b.address(0) + b.stage * STAGE_BYTES + b.lane * pitch, from, bytes, full, policy);
+        if (AHEAD && b.lane == 0) b.fed() = ++fed;
+        b.next_stage();
+    });
+}
+
+// The scout: a few stages ahead of the feeding warp, from memory into L2. What it asks for does not come back to the
+// multiprocessor, so what blocks send each other meanwhile does not stand in line behind it.
+__device__ __forceinline__ void scout_all(const Block& b, int steps) {
+    if (!AHEAD) return;
+    u32 seen = 0;
+    walk_all(b, steps, [&](const u16* from, int rows, u32 bytes, int) {
+        ++seen;
+        u32 fed;
+        while ((int)(seen - (fed = b.fed())) > AHEAD) __nanosleep(100);
+        if (b.lane < rows && (int)(seen - fed) > 0) bulk_prefetch(from, bytes);
+    });
 }
 
 struct Fragment {
@@ -85,11 +105,11 @@ __device__ __forceinline__ Fragment staged_fragment(const Block& b, int k) {
     return {load_shared(at), M > 8 ? load_shared(at + 8 * PITCH) : make_uint4(0, 0, 0, 0)};
 }
 
-// x from L2, where every word of it has arrived.
+// x from L2, as it is found there: not all of it may have arrived.
 __device__ __forceinline__ Fragment direct_fragment(const Block& b, int k) {
     const u32* x = ActivationExchange::incoming(b) + b.quad % M * (FFN / 2) + k / 2 + 4 * b.place;
     if (k + 8 * b.place >= FFN) return {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
-    return {in_order(load_l2(x)), M > 8 ? load_l2(x + 8 * (FFN / 2)) : make_uint4(0, 0, 0, 0)};
+    return {peek4(x), M > 8 ? peek4(x + 8 * (FFN / 2)) : make_uint4(0, 0, 0, 0)};
 }
 
 // The i-th block of 32 columns that this warp takes of the COLUMNS at k0; they go round, so that every warp gets its share of a
@@ -118,6 +138,23 @@ __device__ __forceinline__ void load_x(const Block& b, int k0, Fragment* x) {
         x[i] = P::DIRECT ? direct_fragment(b, k0 + 32 * p.block) : staged_fragment<KIND>(b, k0 + 32 * p.block);
         if (!p.counts) x[i].low = x[i].high = make_uint4(0, 0, 0, 0);
     }
+}
+
+// Asks again for what had not arrived, all of it at a time, and brings the columns in order.
+template <int KIND>
+__device__ __forceinline__ void await_x(const Block& b, int k0, Fragment* x) {
+    using P = Product<KIND>;
+    Watchdog dog;
+    while (true) {
+        bool all = true;
+#pragma unroll
+        for (int i = 0; i < P::BLOCKS_A_WARP; ++i) all &= arrived(x[i].low) && arrived(x[i].high);
+        if (all) break;
+        dog.tick();
+        load_x<KIND>(b, k0, x);
+    }
+#pragma unroll
+    for (int i = 0; i < P::BLOCKS_A_WARP; ++i) x[i].low = in_order(x[i].low);
 }
 
 // ---- the ring, as the consuming warps see it: several stages at a time, each lane waits for one or gives one back ----
@@ -219,7 +256,10 @@ __device__ __forceinline__ void multiply(Block& b, Finish finish) {
 #pragma unroll 1
         for (int k0 = 0; k0 < P::K; k0 += P::COLUMNS) {
             if (!P::DIRECT) load_x<KIND>(b, k0, x);
-            else if (k0 + P::COLUMNS < P::K) load_x<KIND>(b, k0 + P::COLUMNS, next);
+            else {
+                await_x<KIND>(b, k0, x);
+                if (k0 + P::COLUMNS < P::K) load_x<KIND>(b, k0 + P::COLUMNS, next);
+            }
             multiply_columns<KIND>(b, k0, tiles, x, sums);
             if (P::DIRECT)
 #pragma unroll

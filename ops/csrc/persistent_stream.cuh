@@ -98,9 +98,8 @@ __device__ __forceinline__ void clear_staged_tail(Block& b) {
     for (int i = b.thread; i < M * TAIL; i += THREADS) *(u16*)(b.staged() + i / TAIL * pitch_of(K) + 2 * (K + i % TAIL)) = 0;
 }
 
-// Rows [M, K] of 16-bit numbers that other blocks send, eight a load, into shared memory as x; or only awaited, where they do not
-// fit there.
-template <int K, bool STORE, class Incoming>
+// Rows [M, K] of 16-bit numbers that other blocks send, eight a load, into shared memory as x.
+template <int K, class Incoming>
 __device__ __forceinline__ void stage_halves(Block& b) {
     constexpr int PIECES = M * K / 8, EACH = ceil_div(PIECES, THREADS), AT_ONCE = smaller(EACH, 8);
     const u32* from = Incoming::incoming(b);
@@ -115,12 +114,11 @@ __device__ __forceinline__ void stage_halves(Block& b) {
             for (int i = 0; i < AT_ONCE; ++i) all &= arrived(found[i]);
             return all;
         });
-        if (!STORE) continue;
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
             const int element = 8 * (base + i * THREADS);
             if (element < M * K) *(uint4*)(b.staged() + element / K * pitch_of(K) + 2 * (element % K)) = in_order(found[i]);
         }
     }
-    if (STORE && K % 32) clear_staged_tail<K>(b);
+    if (K % 32) clear_staged_tail<K>(b);
 }

@@ -78,6 +78,11 @@ __device__ __forceinline__ uint4 load_l2(const void* p) {
     return v;
 }
 
+// Nothing comes back to the multiprocessor, so nothing else that it asks for waits behind it.
+__device__ __forceinline__ void bulk_prefetch(const void* from, u32 bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 __device__ __forceinline__ uint4 load_shared(u32 at) {

@@ -41,7 +41,9 @@ FEWEST_STAGES, MOST_STAGES = 4, 24
 IN_FLIGHT_BYTES = 40000
 #: Columns of a stage: at most so many, and not fewer, since short copies do not reach the memory's bandwidth.
 MOST_COLUMNS, FEWEST_COLUMNS = 1024, 736
-THREADS = 320
+#: What the scouting warp of each block brings to L2 ahead of the ring: all blocks together a fifth of it.
+AHEAD_BYTES = 90000
+THREADS = 352
 WARPS, GROUP_ROWS = 8, 32
 #: Pointers before the layers' in the kernel's table, and of each layer (the enums of persistent_common.cuh).
 POINTERS, LAYER_POINTERS = 20, 15
@@ -205,6 +207,8 @@ def macros(
         "ALIBI": int(isinstance(spec.positions, ALiBiPositions)),
         "ACTIVATION": ACTIVATIONS[spec.activation], "PAGE_SIZE": page_size, "MAX_SPLITS": MAX_SPLITS, "BLOCKS": blocks,
         "COPIES": _copies(rows), "STAGE_BYTES": layout.stage_bytes, "STAGES": layout.stages, "DEFER": int(layout.fits),
+        # Where x is read from L2 as well, twice the traffic there costs more than it gains.
+        "AHEAD": 0 if layout.direct else round(AHEAD_BYTES / layout.stage_bytes),
         "IN_FLIGHT": min(max(2, round(IN_FLIGHT_BYTES / layout.stage_bytes)), layout.stages),
         "STAGED_BYTES": layout.staged, "OWN_ROWS": layout.own, "DOWN_DIRECT": int(layout.direct),
         "DIRECT_COLUMNS": 1024 if rows <= 8 else 512, "SHARED_BYTES": layout.total,
