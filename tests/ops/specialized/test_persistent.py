@@ -20,7 +20,9 @@ HALVES = (torch.float16, torch.bfloat16)
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALVES, ids=["fp16", "bf16"])
-@pytest.mark.parametrize(("rows", "context"), [(1, 0), (1, 37), (1, 300), (1, 1300), (2, 130), (4, 50), (8, 90), (16, 260)])
+@pytest.mark.parametrize(
+    ("rows", "context"), [(1, 0), (1, 37), (1, 300), (1, 1300), (2, 130), (4, 50), (8, 90), (16, 260)]
+)
 @pytest.mark.parametrize("name", SPECS)
 def test_steps_against_eager_in_fp32(name: str, rows: int, context: int, dtype: torch.dtype) -> None:
     """Three steps: logits no further from exact ones than twice what eager in the same dtype is, and the same cache."""
