@@ -50,14 +50,18 @@ STEP, ADD_SLICES, ADD_SPLIT = 0.11, 0.5, 1.0
 SMALLEST = Tile(16, 16, 32, 4, 2)
 #: What sweeps found (benchmarks/encoder_kernels.py), 16-bit weights on an H100: (rows up to, N, K) to tile.
 TABLE: dict[tuple[int, int, int], Tile] = {
-    (128, 2304, 768): Tile(64, 128, 64, 4, 3, 1, 1),
+    (128, 2304, 768): Tile(64, 32, 128, 4, 4, 1, 1),
     (128, 768, 768): Tile(64, 32, 64, 4, 4, 1, 1),
-    (128, 3072, 768): Tile(32, 64, 128, 4, 4, 1, 1),
-    (128, 768, 3072): Tile(64, 64, 128, 4, 3, 1, 4),
+    (128, 3072, 768): Tile(64, 32, 128, 4, 4, 1, 1),
+    (128, 768, 3072): Tile(64, 32, 128, 4, 4, 1, 1),
+    (128, 3072, 1024): Tile(64, 32, 128, 4, 4, 1, 1),
+    (128, 1024, 1024): Tile(64, 32, 128, 4, 4, 1, 1),
+    (128, 4096, 1024): Tile(64, 64, 128, 4, 3, 1, 1),
+    (128, 1024, 4096): Tile(64, 64, 128, 4, 3, 1, 4),
 }
 #: (hidden, ffn) of the models whose forwards by these tiles were measured ahead of the graph of ``generic``, up to how
 #: many rows. cuBLAS is faster elsewhere (benchmarks/RESULTS.md).
-AHEAD: dict[tuple[int, int], int] = {(768, 3072): 128}
+AHEAD: dict[tuple[int, int], int] = {(768, 3072): 128, (1024, 4096): 128}
 
 
 def candidates(m: int, n: int, k: int, itemsize: int) -> Iterator[Tile]:
