@@ -70,7 +70,7 @@ setup(
         **{name: ["py.typed"] for name in ("engine", "profiler")},
         "ops": ["py.typed", "csrc/*.cu", "csrc/*.cuh", "gemm/tuned/*.json"],
         "config_schema": ["py.typed", "schema/*.json"],
-        "sample_configs": ["*.json"],
+        "sample_configs": ["*.json", "data/*.jsonl"],
     },
     install_requires=INSTALL_REQUIRES,
     # CuPy's own name on the index is source only: the wheels are named after the CUDA they are built for.

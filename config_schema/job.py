@@ -154,4 +154,11 @@ class FillMaskJob(Section):
     """JSONL file to write the candidates to."""
 
 
-Job = GenerateJob | EncodeJob | ClassifyJob | ClassifyTokensJob | AnswerJob | FillMaskJob
+class TrainJob(Section):
+    """Train the model as the sections "training", "optimizer" and "data" say."""
+
+    type: Literal["train"]
+    """The kind of job."""
+
+
+Job = GenerateJob | EncodeJob | ClassifyJob | ClassifyTokensJob | AnswerJob | FillMaskJob | TrainJob

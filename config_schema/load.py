@@ -14,13 +14,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from config_schema.config import RULES, Config
+from config_schema.config import Config
 from config_schema.describe import got
 from config_schema.environment import interpolate
 from config_schema.errors import ConfigError, Finding, Problem
 from config_schema.messages import in_document_order, section_findings
 from config_schema.overrides import override
 from config_schema.reader import Json, parse_text, plain_document, read_file
+from config_schema.rules import RULES
 from config_schema.schema_file import json_schema, schema_problems
 
 MAX_PROBLEMS = 100

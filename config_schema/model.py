@@ -41,3 +41,6 @@ class Model(Section):
 
     task: Task = "auto"
     """What the model does; "auto" reads it from the checkpoint's architecture."""
+
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """Where training begins: the checkpoint's weights, or new ones of the shapes that its config.json gives."""

@@ -88,13 +88,14 @@ class Plan:
         return document
 
 
-class _Resolver:
+class Resolver:
     """Collects the choices; an explicit value passes through untouched."""
 
     def __init__(self) -> None:
         self.choices: list[Choice] = []
 
     def choose(self, path: str, value: Any, reason: str) -> Any:
+        """Notes what the ``"auto"`` at ``path`` becomes, and why; gives ``value``."""
         self.choices.append(Choice(path, value, reason))
         log.info('%s: "auto" is %s: %s', path, value, reason)
         return value
@@ -102,11 +103,11 @@ class _Resolver:
 
 def plan(config: Config, *, model: Any = None) -> Plan:
     """Opens the checkpoint (or takes the live ``model``), reads its facts and resolves every ``"auto"``."""
-    resolver = _Resolver()
+    resolver = Resolver()
     checkpoint = _live(model) if model is not None else _stored(config)
     family, spec = _facts(config, checkpoint, resolver)
     source = CanonicalSource(checkpoint.source, family, spec, checkpoint.name)
-    device = _device(config, resolver)
+    device = device_of(config, resolver)
     precision = _precision(config, device, source.dtype("embed.token.weight"), resolver)
     kernels = _kernels(config, spec, device, DTYPES[precision], resolver)
     batch = config.inference.max_batch
@@ -141,10 +142,10 @@ def plan(config: Config, *, model: Any = None) -> Plan:
 
 def preview() -> tuple[Choice, ...]:
     """What device, precision and kernels become on this machine where they are ``"auto"``, for GPT-2 stored in fp32."""
-    resolver = _Resolver()
+    resolver = Resolver()
     config = load_config({"model": {"path": "gpt2"}})
     _, spec = spec_from_hf({"model_type": "gpt2"}, "causal_lm", "preview")
-    device = _device(config, resolver)
+    device = device_of(config, resolver)
     precision = _precision(config, device, torch.float32, resolver)
     _kernels(config, spec, device, DTYPES[precision], resolver)
     return tuple(resolver.choices)
@@ -213,7 +214,7 @@ def _live(model: Any) -> _Opened:
     )
 
 
-def _facts(config: Config, checkpoint: _Opened, resolver: _Resolver) -> tuple[Family, ModelSpec]:
+def _facts(config: Config, checkpoint: _Opened, resolver: Resolver) -> tuple[Family, ModelSpec]:
     asked: Task | None = None if config.model.task == "auto" else config.model.task
     family, spec = spec_from_hf(checkpoint.config, asked, checkpoint.where)
     if asked is None:
@@ -222,7 +223,8 @@ def _facts(config: Config, checkpoint: _Opened, resolver: _Resolver) -> tuple[Fa
     return family, spec
 
 
-def _device(config: Config, resolver: _Resolver) -> torch.device:
+def device_of(config: Config, resolver: Resolver) -> torch.device:
+    """Where the model runs. Raises :class:`EngineError` for a GPU that is not there."""
     wanted = config.device
     if wanted == "auto":
         if torch.cuda.is_available():
@@ -242,7 +244,7 @@ def _device(config: Config, resolver: _Resolver) -> torch.device:
     return device
 
 
-def _precision(config: Config, device: torch.device, stored: torch.dtype, resolver: _Resolver) -> str:
+def _precision(config: Config, device: torch.device, stored: torch.dtype, resolver: Resolver) -> str:
     if config.precision != "auto":
         return config.precision
     path = "$.precision"
@@ -260,7 +262,7 @@ def _precision(config: Config, device: torch.device, stored: torch.dtype, resolv
     return str(resolver.choose(path, "fp16", "this GPU has no bf16 arithmetic"))
 
 
-def _kernels(config: Config, spec: ModelSpec, device: torch.device, dtype: torch.dtype, resolver: _Resolver) -> str:
+def _kernels(config: Config, spec: ModelSpec, device: torch.device, dtype: torch.dtype, resolver: Resolver) -> str:
     if config.kernels != "auto":
         kernel_set(config.kernels).assert_supports(spec, device, dtype)
         return config.kernels
@@ -283,7 +285,7 @@ def _kernels(config: Config, spec: ModelSpec, device: torch.device, dtype: torch
 
 
 def _max_tokens(
-    config: Config, spec: ModelSpec, device: torch.device, dtype: torch.dtype, batch: int, resolver: _Resolver
+    config: Config, spec: ModelSpec, device: torch.device, dtype: torch.dtype, batch: int, resolver: Resolver
 ) -> int:
     wanted = config.inference.max_tokens
     if wanted != "auto":
@@ -311,7 +313,7 @@ def _free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _pooling(config: Config, spec: ModelSpec, directory: Path | None, resolver: _Resolver) -> tuple[Pooling, bool]:
+def _pooling(config: Config, spec: ModelSpec, directory: Path | None, resolver: Resolver) -> tuple[Pooling, bool]:
     wanted, normalize = config.embedding.pooling, config.embedding.normalize
     if spec.causal or (wanted != "auto" and normalize != "auto"):
         return "mean" if wanted == "auto" else wanted, normalize is True

@@ -17,7 +17,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from config_schema import SCHEMA_PATH, SlipstreamError, load_config, schema_text
+from config_schema import SCHEMA_PATH, Config, SlipstreamError, load_config, schema_text
+from config_schema.job import Job
 from engine import __version__
 from engine.bench import options as bench_options
 
@@ -193,6 +194,8 @@ def _run(options: argparse.Namespace) -> int:
     from engine import build, jobs
 
     job = jobs.prepare(config)
+    if job.type == "train":
+        return _train(options, config, job)
     plan = build.plan(config)
     jobs.check(job, plan)
     if options.dry_run:
@@ -205,6 +208,18 @@ def _run(options: argparse.Namespace) -> int:
     from engine.engine import Engine
 
     jobs.run(Engine(plan), job)
+    return 0
+
+
+def _train(options: argparse.Namespace, config: Config, job: Job) -> int:
+    from engine import jobs
+    from engine.engine import Engine
+
+    engine = Engine(config)
+    if options.dry_run:
+        print(f"{options.config}: ready: train\n{engine.describe_training()}")
+        return 0
+    jobs.run(engine, job)
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, overload
 
@@ -21,17 +21,20 @@ from engine.inference.inputs import Rows, flat_from, rows_from
 from engine.inference.kv_cache import PagedCache
 from engine.inference.runner import Runner
 from engine.inference.text import Message, Text
+from engine.training_engine import TrainingEngine
 from engine.verify import Verification, verify
 from ops.spec import ModelSpec
 
 
-class Engine:
+class Engine(TrainingEngine):
     """Runs a Transformer as a configuration says.
 
     ``config`` is a path, a dictionary, a loaded :class:`config_schema.Config` or a plan that :func:`engine.build.plan`
     has made of one; ``overrides`` are ``key.path=value`` texts (a plan takes none: it is decided).
     ``model`` is a live Hugging Face model to take the weights from instead of a checkpoint, ``tokenizer`` its
-    tokenizer. Raises :class:`config_schema.SlipstreamError` (ConfigError, CheckpointError, KernelError, EngineError) in
+    tokenizer. With a section "training" the engine trains as well (:class:`engine.training_engine.TrainingEngine`);
+    ``model`` may then be any ``nn.Module``, and ``loss_function(outputs, batch)`` gives the loss of one whose outputs
+    hold none. Raises :class:`config_schema.SlipstreamError` (ConfigError, CheckpointError, KernelError, EngineError) in
     one clear line.
     """
 
@@ -41,6 +44,7 @@ class Engine:
         *,
         model: Any = None,
         tokenizer: Any = None,
+        loss_function: Callable[[Any, Any], Tensor] | None = None,
         overrides: Sequence[str] = (),
     ) -> None:
         if model is not None and isinstance(config, Mapping) and "model" not in config:
@@ -48,18 +52,26 @@ class Engine:
                 **config,
                 "model": {"path": getattr(getattr(model, "config", None), "_name_or_path", "") or "live model"},
             }
+        self._decided: build.Plan | None = None
+        self._packed: Runner | None = None
+        self._packed_of = (0, 0)
+        self._lock = threading.RLock()
         if isinstance(config, build.Plan):
             if overrides:
                 raise EngineError("a plan takes no overrides: give them to load_config, before build.plan")
-            self._plan = config
+            self._decided, self._config = config, config.config
         else:
-            self._plan = build.plan(load_config(config, overrides=overrides), model=model)
+            self._config = load_config(config, overrides=overrides)
         self._live = model
+        if self._config.training is not None:
+            self._begin_training(model, tokenizer, loss_function)
+            return
+        if loss_function is not None:
+            raise EngineError('loss_function has no effect without a section "training"')
+        self._decided = self._decided or build.plan(self._config, model=model)
         self.text = Text(self._plan.directory, self._plan.gguf_file, tokenizer)
-        self._packed: Runner | None = None
-        self._lock = threading.RLock()
         if model is None:
-            self._packed = build.runner(self._plan)
+            self._runner()
 
     @classmethod
     def from_pretrained(
@@ -82,7 +94,15 @@ class Engine:
     @property
     def config(self) -> Config:
         """The configuration as given."""
-        return self._plan.config
+        return self._config
+
+    @property
+    def _plan(self) -> build.Plan:
+        """How it infers; of a model in training decided when it first does."""
+        if self._decided is None:
+            self._assert_whole()
+            self._decided = build.plan(self._config, model=self._live)
+        return self._decided
 
     @property
     def spec(self) -> ModelSpec:
@@ -96,7 +116,7 @@ class Engine:
 
     def explain(self) -> str:
         """The resolved configuration as JSON, and the reason of each choice."""
-        return build.explain(self._plan)
+        return build.explain(self._plan) + self._explain_training()
 
     # ---- inference ----
 
@@ -105,8 +125,13 @@ class Engine:
 
         ``batch``: a text, texts, (text, text) pairs, token ids, lists of them, a padded tensor [B, S] with its
         ``attention_mask``, or a tokenizer's BatchEncoding. Outputs follow the padding; padded places are zero.
+
+        After :meth:`train` it is a micro-batch of training (a mapping of tensors), and the outputs' ``loss`` goes to
+        :meth:`backward`.
         """
         beside = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        if self._calls_model(batch):
+            return self._call_model(batch)
         runner = self._runner()
         with torch.inference_mode():
             flat = flat_from(batch, runner.weights.embed.token.device, **beside)
@@ -219,8 +244,9 @@ class Engine:
     def _runner(self) -> Runner:
         """The packed model; packed anew where the live model's weights have changed."""
         with self._lock:
-            if self._packed is None or self._packed.weights.version != self._plan.source.version:
-                self._packed = build.runner(self._plan)
+            current = (self._updates(), self._plan.source.version)
+            if self._packed is None or self._packed_of != current:
+                self._packed, self._packed_of = build.runner(self._plan), current
             return self._packed
 
     @cached_property

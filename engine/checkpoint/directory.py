@@ -40,7 +40,7 @@ def open_checkpoint(path: str, *, revision: str | None = None, gguf_file: str | 
     to read in place of its other weights. Otherwise safetensors are taken before ``.bin``, one file before several.
     Raises ``CheckpointError``: one line that names the file and says what to do.
     """
-    directory = _directory(path, revision, gguf_file)
+    directory = model_directory(path, revision, gguf_file)
     if gguf_file is not None:
         file = _open_gguf(directory, gguf_file)
         return Checkpoint(directory, file.config, {}, FileSource.single(file), gguf_file)
@@ -82,7 +82,8 @@ _WEIGHTS: dict[str, Callable[[Path], FileSource]] = {
 """The files that stand for a checkpoint's weights, the preferred one first."""
 
 
-def _directory(path: str, revision: str | None, gguf_file: str | None) -> Path:
+def model_directory(path: str, revision: str | None = None, gguf_file: str | None = None) -> Path:
+    """The local directory of a checkpoint, fetched from the hub if it is a name there. Raises ``CheckpointError``."""
     local = Path(path).expanduser() if path else Path("")
     if "\0" in path or not path:
         raise CheckpointError(f"{path!r}: not a path: give a checkpoint's directory or its name on the hub (org/name)")

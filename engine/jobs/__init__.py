@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from config_schema import Config
 from config_schema.job import Job
 from engine.errors import EngineError
-from engine.jobs import encode, generate, heads
+from engine.jobs import encode, generate, heads, train
 from engine.jobs.console import Console
 from engine.jobs.files import check_output, read_lines
 from ops.spec import Task
@@ -24,9 +24,9 @@ __all__ = ["JOBS", "JobKind", "check", "prepare", "run"]
 
 @dataclass(frozen=True)
 class JobKind:
-    """A kind of job: the task it needs, and what runs it (engine, job, console)."""
+    """A kind of job: the task it needs (None: any), and what runs it (engine, job, console)."""
 
-    task: Task
+    task: Task | None
     run: Callable[[Any, Any, Console], None]
 
 
@@ -37,6 +37,7 @@ JOBS: Mapping[str, JobKind] = {
     "classify_tokens": JobKind("token_classification", heads.classify_tokens),
     "answer": JobKind("question_answering", heads.answer),
     "fill_mask": JobKind("masked_lm", heads.fill_mask),
+    "train": JobKind(None, train.run),
 }
 
 FILES = {"prompts_file": "prompts", "texts_file": "texts"}
@@ -48,6 +49,8 @@ def prepare(config: Config) -> Job:
     if job is None:
         kinds = ", ".join(f'"{name}"' for name in JOBS)
         raise EngineError(f'$.job: missing, so there is nothing to run: add {{"type": ...}} with one of {kinds}')
+    if job.type == "train":
+        return job
     check_output(job.output)
     for given, read in FILES.items():
         path = getattr(job, given, None)

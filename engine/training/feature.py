@@ -20,7 +20,7 @@ class Progress:
     """Where training stands: shared by the loop and its features, saved with a checkpoint.
 
     step:        optimizer steps done.
-    micro_batch: index of the micro-batch in the current step.
+    micro_batch: index of the micro-batch in the current step, of ``micro_batches``.
     model, optimizer: what is being trained; a feature may read both and replace the model's submodules in ``setup``.
     """
 
@@ -28,6 +28,7 @@ class Progress:
     optimizer: Optimizer
     step: int = 0
     micro_batch: int = 0
+    micro_batches: int = 1
 
 
 class Feature:
@@ -35,6 +36,8 @@ class Feature:
 
     #: Key of the feature's state in a checkpoint, and its name in messages.
     name: ClassVar[str]
+    #: Whether checkpoints hold it. How processes work together is not part of a run: the next may have others.
+    saved: ClassVar[bool] = True
 
     def setup(self, progress: Progress) -> None:
         """Once, before the first step. Raises :class:`engine.errors.EngineError` if the feature applies to nothing."""

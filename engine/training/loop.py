@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -42,6 +43,9 @@ class StepReport:
     learning_rates: tuple[float, ...] = ()
     grad_norm: float | None = None
 
+    def __float__(self) -> float:
+        return self.loss
+
 
 class Loop:
     """Trains ``model`` with ``optimizer``; every feature's hooks are called in the order of ``features``.
@@ -60,9 +64,10 @@ class Loop:
         precision: Precision | None = None,
         clip_norm: float | None = None,
         accumulation: int = 1,
+        reduce: Callable[[Tensor], Tensor] = lambda losses: losses,
     ) -> None:
         """``clip_norm`` is the largest L2 norm of all gradients together; ``accumulation`` the micro-batches that make
-        a step in the three calls."""
+        a step in the three calls; ``reduce`` the mean of losses over all processes, which all call it."""
         names = [feature.name for feature in features]
         if len(set(names)) != len(names):
             raise EngineError(f"training features are named {', '.join(names)}: each may stand once")
@@ -74,7 +79,7 @@ class Loop:
         self.features = tuple(features)
         self.schedule, self.precision = schedule, precision or Precision()
         self.clip_norm, self.accumulation = clip_norm, accumulation
-        self._loss = loss
+        self._loss, self._reduce = loss, reduce
         self._losses: list[Tensor] = []
         self._overflowed = False
         self.precision.assert_trains(model)
@@ -88,14 +93,18 @@ class Loop:
         if self._losses:
             raise EngineError(f"{len(self._losses)} micro-batches wait for their step: call step() first")
         for batch in micro_batches:
-            self._backward(self.forward(batch), len(micro_batches))
+            self._backward(self._forward(batch, len(micro_batches)), len(micro_batches))
         return self._finish()
 
     # The three calls
 
     def forward(self, batch: Any) -> Tensor:
         """The micro-batch's mean loss, a scalar with its graph. The first of a step clears the gradients."""
+        return self._forward(batch, self.accumulation)
+
+    def _forward(self, batch: Any, count: int) -> Tensor:
         progress = self.progress
+        progress.micro_batches = count
         if not self._losses:
             progress.model.train()
             progress.optimizer.zero_grad(set_to_none=True)
@@ -152,12 +161,14 @@ class Loop:
     def _clip(self) -> Tensor | None:
         if self.clip_norm is None:
             return None
-        return nn.utils.clip_grad_norm_(self.progress.model.parameters(), self.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self.progress.model.parameters(), self.clip_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _read(self, norm: Tensor | None) -> tuple[float, float | None]:
         """The step's mean loss and the norm, on the host. Raises :class:`EngineError` if one of them is no number and
         the loss scale is not to blame."""
-        values = torch.stack([*self._losses, *([] if norm is None else [norm])]).double().tolist()
+        losses_of_all = self._reduce(torch.stack(self._losses).double())
+        values = torch.cat([losses_of_all, *([] if norm is None else [norm.double().reshape(1)])]).tolist()
         losses = values[: len(self._losses)]
         loss, found = sum(losses) / len(losses), None if norm is None else values[-1]
         wrong = next((i for i, value in enumerate(losses) if not math.isfinite(value)), None)
@@ -196,14 +207,15 @@ class Loop:
             raise EngineError("a step has begun: save between steps")
         return {
             "step": self.progress.step,
-            "features": {f.name: f.state_dict() for f in self.features},
+            "features": {f.name: f.state_dict() for f in self.features if f.saved},
             "schedule": {} if self.schedule is None else self.schedule.state_dict(),
             "precision": self.precision.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes :meth:`state_dict`'s result back. Raises where features, schedule or precision are others."""
-        saved, own = set(state["features"]), {feature.name for feature in self.features}
+        mine = [feature for feature in self.features if feature.saved]
+        saved, own = set(state["features"]), {feature.name for feature in mine}
         if saved != own:
             raise EngineError(f"the checkpoint has the state of features {sorted(saved)}, this run has {sorted(own)}")
         if bool(state["schedule"]) != (self.schedule is not None):
@@ -212,5 +224,5 @@ class Loop:
         if self.schedule is not None:
             self.schedule.load_state_dict(dict(state["schedule"]))
         self.progress.step = state["step"]
-        for feature in self.features:
+        for feature in mine:
             feature.load_state_dict(state["features"][feature.name])

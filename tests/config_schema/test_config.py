@@ -8,11 +8,11 @@ import pydantic
 import pytest
 
 from config_schema import Config, load_config
-from config_schema.config import RULES
 from config_schema.generation import Generation
 from config_schema.inference import Inference
 from config_schema.job import EncodeJob, GenerateJob
 from config_schema.model import Model
+from config_schema.rules import RULES
 from tests.config_schema.test_messages import problems_of, with_model
 
 PROMPTS = {"type": "generate", "prompts": ["a"]}
@@ -53,6 +53,55 @@ BROKEN: dict[str, tuple[dict[str, object], list[str]]] = {
         with_model(job={"type": "encode", "texts_file": "a.txt", "output": "a.txt"}),
         ["$.job.output: would overwrite $.job.texts_file; give it another name"],
     ),
+    "sections of training without it": (
+        with_model(optimizer={"type": "LAMB"}, schedule={}, progressive_layer_drop={"gamma": 0.1}),
+        [
+            f"$.{name}: has no effect without $.training; add that section, or remove this"
+            for name in ("optimizer", "schedule", "progressive_layer_drop")
+        ],
+    ),
+    "a job that lacks what it trains": (
+        with_model(job={"type": "train"}),
+        [
+            '$.job.type: "train" needs the section $.training; add it',
+            '$.job.type: "train" needs the section $.data; add it',
+        ],
+    ),
+    "a run without files, place and end": (
+        with_model(job={"type": "train"}, training={"micro_batch_size": 1}, data={}),
+        [
+            '$.data.train: missing: the job "train" needs files to train on',
+            '$.training.output: missing: the job "train" writes metrics and checkpoints there',
+            "$.training: has no end: give max_steps or epochs",
+        ],
+    ),
+    "two ends": (
+        with_model(training={"micro_batch_size": 1, "max_steps": 5, "epochs": 1.0}),
+        ["$.training.epochs: contradicts $.training.max_steps, which is 5: give one"],
+    ),
+    "no batch size": (
+        with_model(training={"accumulation_steps": 2}),
+        ["$.training: has no batch size: give micro_batch_size or train_batch_size"],
+    ),
+    "batch sizes that contradict each other": (
+        with_model(training={"train_batch_size": 10, "micro_batch_size": 2, "accumulation_steps": 2}),
+        [
+            "$.training.train_batch_size: 10 is no multiple of 2 (micro_batch_size) x 2 (accumulation_steps): "
+            "change one of them"
+        ],
+    ),
+    "a loss scale outside of fp16": (
+        with_model(training={"micro_batch_size": 1, "loss_scale": {}}, precision="bf16"),
+        ['$.training.loss_scale: has no effect with $.precision "bf16": set that to "fp16", or remove this'],
+    ),
+    "two clocks": (
+        with_model(training={"micro_batch_size": 1}, progressive_layer_drop={"gamma": 0.1, "total_steps": 9}),
+        ["$.progressive_layer_drop.total_steps: contradicts gamma, which says how fast theta falls: give one"],
+    ),
+    "a warm-up that does not end": (
+        with_model(training={"micro_batch_size": 1}, schedule={"warmup_steps": 9, "total_steps": 8}),
+        ["$.schedule.warmup_steps: 9 is more than $.schedule.total_steps, which is 8"],
+    ),
 }
 
 FINE: dict[str, dict[str, object]] = {
@@ -67,6 +116,16 @@ FINE: dict[str, dict[str, object]] = {
     "greedy": with_model(generation={"temperature": 0}),
     "sampling": with_model(generation={"do_sample": True, "temperature": 0.5, "top_k": 5, "top_p": 0.5}),
     "options of sampling, the checkpoint decides": with_model(generation={"top_k": 5}),
+    "a run": with_model(
+        precision="fp16",
+        training={"train_batch_size": 8, "micro_batch_size": 2, "epochs": 0.5, "output": "o", "loss_scale": {}},
+        optimizer={"type": "AdamW", "lr": 1e-4},
+        schedule={"type": "one_cycle", "warmup_steps": 8, "total_steps": 8},
+        progressive_layer_drop={"theta": 1.0, "gamma": 0.1},
+        data={"train": ["a.txt", "b*.txt"], "labels": ["x", "y"]},
+        job={"type": "train"},
+    ),
+    "steps from Python": with_model(training={"micro_batch_size": 2}),
     "output elsewhere": with_model(job={"type": "encode", "texts_file": "a.txt", "output": "b.jsonl"}),
 }
 

@@ -8,8 +8,11 @@ import pytest
 
 from config_schema import ConfigError, Problem, load_config
 
-ROOT_KEYS = "$schema, model, device, precision, kernels, inference, generation, embedding, job"
-JOBS = '"answer", "classify", "classify_tokens", "encode", "fill_mask", "generate"'
+ROOT_KEYS = (
+    "$schema, model, device, precision, kernels, inference, generation, embedding, training, optimizer, schedule, "
+    "progressive_layer_drop, data, job"
+)
+JOBS = '"answer", "classify", "classify_tokens", "encode", "fill_mask", "generate", "train"'
 
 
 def problems_of(document: object, **options: Any) -> list[str]:
@@ -30,7 +33,7 @@ def with_job(**job: object) -> dict[str, object]:
 GOLDEN: dict[str, tuple[object, list[str]]] = {
     "unknown key": (
         {"model": {"path": "m", "taks": "auto"}},
-        ['$.model.taks: unknown key, did you mean "task"? (allowed: path, revision, gguf_file, task)'],
+        ['$.model.taks: unknown key, did you mean "task"? (allowed: path, revision, gguf_file, task, weights)'],
     ),
     "unknown key that resembles none": (
         with_model(zzzz=1),

@@ -81,7 +81,7 @@ def test_precision_on_a_gpu_follows_the_checkpoint(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
     def chosen(stored: torch.dtype) -> str:
-        return build._precision(config, gpu, stored, build._Resolver())
+        return build._precision(config, gpu, stored, build.Resolver())
 
     assert [chosen(d) for d in (torch.float16, torch.bfloat16, torch.float32)] == ["fp16", "bf16", "bf16"]
     capability = (7, 5)

@@ -1,0 +1,184 @@
+"""The rules that JSON Schema cannot state, because they need several fields.
+
+To add one: write a small function and give it one line in ``RULES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from config_schema.errors import Problem
+
+if TYPE_CHECKING:
+    from config_schema.config import Config
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A check that needs several fields. It runs where all sections it reads are valid."""
+
+    reads: frozenset[str]
+    check: Callable[[Config], list[Problem]]
+
+
+def _job_fits_task(config: Config) -> list[Problem]:
+    if config.job is None or config.model.task in ("auto", _TASK_OF_JOB.get(config.job.type, config.model.task)):
+        return []
+    task = _TASK_OF_JOB[config.job.type]
+    wanted = f'needs $.model.task to be "{task}" or "auto", which is "{config.model.task}"'
+    return [Problem("$.job.type", f'"{config.job.type}" {wanted}')]
+
+
+def _new_tokens_fit_budget(config: Config) -> list[Problem]:
+    """A prompt has at least one token, so the budget must exceed the new tokens."""
+    new, budget = config.generation.max_new_tokens, config.inference.max_tokens
+    generates = config.job is None or config.job.type == "generate"
+    if not generates or new is None or budget == "auto" or new < budget:
+        return []
+    reason = f"{new} new tokens and a prompt do not fit $.inference.max_tokens, which is {budget}"
+    return [Problem("$.generation.max_new_tokens", f"{reason}; set that to more than {new}, or lower this")]
+
+
+def _least_is_not_over_most(config: Config) -> list[Problem]:
+    least, most = config.generation.min_new_tokens, config.generation.max_new_tokens
+    if least is None or most is None or least <= most:
+        return []
+    return [
+        Problem("$.generation.min_new_tokens", f"{least} is more than $.generation.max_new_tokens, which is {most}")
+    ]
+
+
+def _temperature_can_sample(config: Config) -> list[Problem]:
+    if config.generation.do_sample is not True or config.generation.temperature != 0:
+        return []
+    wanted = "raise it, or set $.generation.do_sample to false"
+    return [Problem("$.generation.temperature", f"0 is greedy, but $.generation.do_sample is true; {wanted}")]
+
+
+def _sampling_options_apply(config: Config) -> list[Problem]:
+    """An option that is switched on must have an effect: none of these has without sampling."""
+    generation = config.generation
+    if generation.do_sample is False:
+        reason = "$.generation.do_sample is false"
+    elif generation.temperature == 0 and generation.do_sample is None:
+        reason = "$.generation.temperature is 0 (greedy)"
+    else:
+        return []
+    on = {
+        "temperature": bool(generation.temperature),
+        "top_k": bool(generation.top_k),
+        "top_p": generation.top_p is not None and generation.top_p < 1,
+    }
+    return [
+        Problem(f"$.generation.{name}", f"has no effect because {reason}; remove one of the two")
+        for name, is_on in on.items()
+        if is_on
+    ]
+
+
+def _output_is_not_input(config: Config) -> list[Problem]:
+    output = getattr(config.job, "output", None)
+    return [
+        Problem("$.job.output", f"would overwrite $.job.{name}; give it another name")
+        for name in ("prompts_file", "texts_file")
+        if output is not None and getattr(config.job, name, None) == output
+    ]
+
+
+def _training_sections_train(config: Config) -> list[Problem]:
+    """A section that only training reads has no effect without it."""
+    if config.training is not None:
+        return []
+    given = [name for name in ("optimizer", "schedule", "progressive_layer_drop") if getattr(config, name) is not None]
+    return [
+        Problem(f"$.{name}", "has no effect without $.training; add that section, or remove this") for name in given
+    ]
+
+
+def _train_job_is_complete(config: Config) -> list[Problem]:
+    if config.job is None or config.job.type != "train":
+        return []
+    missing = [name for name in ("training", "data") if getattr(config, name) is None]
+    problems = [Problem("$.job.type", f'"train" needs the section $.{name}; add it') for name in missing]
+    if config.data is not None and config.data.train is None:
+        problems.append(Problem("$.data.train", 'missing: the job "train" needs files to train on'))
+    training = config.training
+    if training is not None and training.output is None:
+        problems.append(Problem("$.training.output", 'missing: the job "train" writes metrics and checkpoints there'))
+    if training is not None and training.max_steps is None and training.epochs is None:
+        problems.append(Problem("$.training", "has no end: give max_steps or epochs"))
+    return problems
+
+
+def _training_has_one_end(config: Config) -> list[Problem]:
+    training = config.training
+    if training is None or training.max_steps is None or training.epochs is None:
+        return []
+    return [Problem("$.training.epochs", f"contradicts $.training.max_steps, which is {training.max_steps}: give one")]
+
+
+def _batch_sizes_agree(config: Config) -> list[Problem]:
+    """What can be said before the number of processes is known."""
+    training = config.training
+    if training is None:
+        return []
+    micro, accumulation, train = training.micro_batch_size, training.accumulation_steps, training.train_batch_size
+    if micro is None and train is None:
+        return [Problem("$.training", "has no batch size: give micro_batch_size or train_batch_size")]
+    if train is None or train % ((micro or 1) * (accumulation or 1)) == 0:
+        return []
+    sizes = ((micro, "micro_batch_size"), (accumulation, "accumulation_steps"))
+    given = " x ".join(f"{value} ({name})" for value, name in sizes if value is not None)
+    return [Problem("$.training.train_batch_size", f"{train} is no multiple of {given}: change one of them")]
+
+
+def _loss_scale_needs_fp16(config: Config) -> list[Problem]:
+    if config.training is None or config.training.loss_scale is None or config.precision == "fp16":
+        return []
+    reason = f'has no effect with $.precision "{config.precision}": set that to "fp16", or remove this'
+    return [Problem("$.training.loss_scale", reason)]
+
+
+def _one_clock_for_layer_drop(config: Config) -> list[Problem]:
+    drop = config.progressive_layer_drop
+    if drop is None or drop.gamma is None or drop.total_steps == "auto":
+        return []
+    return [
+        Problem("$.progressive_layer_drop.total_steps", "contradicts gamma, which says how fast theta falls: give one")
+    ]
+
+
+def _warm_up_fits(config: Config) -> list[Problem]:
+    schedule = config.schedule
+    if schedule is None or schedule.total_steps == "auto" or schedule.warmup_steps <= schedule.total_steps:
+        return []
+    reason = f"{schedule.warmup_steps} is more than $.schedule.total_steps, which is {schedule.total_steps}"
+    return [Problem("$.schedule.warmup_steps", reason)]
+
+
+RULES = (
+    Rule(frozenset({"job", "model"}), _job_fits_task),
+    Rule(frozenset({"job", "generation", "inference"}), _new_tokens_fit_budget),
+    Rule(frozenset({"generation"}), _least_is_not_over_most),
+    Rule(frozenset({"generation"}), _temperature_can_sample),
+    Rule(frozenset({"generation"}), _sampling_options_apply),
+    Rule(frozenset({"job"}), _output_is_not_input),
+    Rule(frozenset({"training", "optimizer", "schedule", "progressive_layer_drop"}), _training_sections_train),
+    Rule(frozenset({"job", "training", "data"}), _train_job_is_complete),
+    Rule(frozenset({"training"}), _training_has_one_end),
+    Rule(frozenset({"training"}), _batch_sizes_agree),
+    Rule(frozenset({"training", "precision"}), _loss_scale_needs_fp16),
+    Rule(frozenset({"progressive_layer_drop"}), _one_clock_for_layer_drop),
+    Rule(frozenset({"schedule"}), _warm_up_fits),
+)
+
+_TASK_OF_JOB: Mapping[str, str] = {
+    "generate": "causal_lm",
+    "encode": "embedding",
+    "classify": "sequence_classification",
+    "classify_tokens": "token_classification",
+    "answer": "question_answering",
+    "fill_mask": "masked_lm",
+}

@@ -1,0 +1,77 @@
+"""The section "training": how an engine trains. Where it is missing, an engine infers and nothing else."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from config_schema.section import Count, FilePath, Section
+
+Positive = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+
+
+class LossScale(Section):
+    """Dynamic loss scaling in fp16: losses are multiplied by a number that keeps small gradients above zero."""
+
+    initial: Positive = 65536.0
+    """The scale of the first step."""
+
+    growth_interval: Count = 2000
+    """Steps without an overflow after which the scale is doubled; an overflow halves it, and the step is skipped."""
+
+
+class Training(Section):
+    """The training loop: batch sizes, length, what is written where."""
+
+    train_batch_size: Count | None = None
+    """Samples of an optimizer step, over all processes: micro_batch_size x accumulation_steps x processes."""
+
+    micro_batch_size: Count | None = None
+    """Samples that a process computes at a time."""
+
+    accumulation_steps: Count | None = None
+    """Micro-batches whose gradients make one optimizer step."""
+
+    max_steps: Count | None = None
+    """Optimizer steps to train."""
+
+    epochs: Positive | None = None
+    """Times to go through the data; give this or max_steps."""
+
+    clip_norm: Positive | None = None
+    """Largest L2 norm of all gradients together; longer ones are shortened to it."""
+
+    seed: Seed = 0
+    """Of the order of the data, of masks, of dropout, and of weights that are initialized."""
+
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
+
+    compile: bool = False
+    """Train through torch.compile."""
+
+    data_parallel: Literal["auto", "replicate", "shard"] = "auto"
+    """With several processes: a copy of the model each, or a part of each weight (FSDP2)."""
+
+    loss_scale: LossScale | None = Field(default=None, title="Loss Scale")
+    """For precision fp16; its defaults where it is missing."""
+
+    output: FilePath | None = None
+    """Directory of metrics and checkpoints; fit() and `slipstream run` need one."""
+
+    checkpoint_every: Count | None = None
+    """Optimizer steps from one checkpoint to the next; one is written at the end in any case."""
+
+    keep_checkpoints: Count = 3
+    """How many checkpoints stay, the last ones."""
+
+    resume: bool = True
+    """Go on from the last checkpoint in output, if there is one."""
+
+    evaluate_every: Count | None = None
+    """Optimizer steps from one evaluation to the next; the end is evaluated in any case where there are data for it."""
+
+    tensorboard: bool = False
+    """Write TensorBoard's event files beside metrics.jsonl."""

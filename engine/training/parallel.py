@@ -1,0 +1,132 @@
+"""Training on several processes: joining them, and the average of their gradients."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from engine.errors import EngineError
+from engine.training.block_stack import find_stack
+from engine.training.feature import Feature, Progress
+
+#: Bytes of gradients that are averaged at a time.
+BUCKET_BYTES = 25 * 2**20
+
+
+def join(device: torch.device) -> torch.device:
+    """Joins the processes that torchrun started, if it did; this process's device. A GPU each, NCCL; on CPUs Gloo."""
+    if not dist.is_available() or "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+        return device
+    if device.type == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise EngineError(f"local rank {local} has no GPU: there are {torch.cuda.device_count()}; start as many")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean of ``values`` over all processes; NaN where one has NaN."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(values)
+        values = values / dist.get_world_size()
+    return values
+
+
+class Replicas(Feature):
+    """Averages gradients over the processes behind a step's last micro-batch.
+
+    Where blocks are left out at random (layer drop) ``DistributedDataParallel`` would not do: a block that is left out
+    in the last micro-batch only is unused to it, and its gradient would stay each process's own.
+    """
+
+    name: ClassVar[str] = "replicas"
+    saved: ClassVar[bool] = False
+
+    def setup(self, progress: Progress) -> None:
+        """All processes begin with the weights of the first."""
+        for tensor in (*progress.model.parameters(), *progress.model.buffers()):
+            dist.broadcast(tensor.detach(), 0)
+
+    def backward_end(self, progress: Progress) -> None:
+        """Before gradients are unscaled, so that an overflow in one process is one in all."""
+        if progress.micro_batch < progress.micro_batches - 1:
+            return
+        found = [p.grad for p in progress.model.parameters() if p.grad is not None]
+        for grads in _buckets(found):
+            flat = torch.cat([grad.reshape(-1) for grad in grads])
+            dist.all_reduce(flat)
+            flat /= dist.get_world_size()
+            for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+                grad.copy_(mean.view_as(grad))
+
+
+class Overlapped(Feature):
+    """``DistributedDataParallel`` or FSDP2: gradients are exchanged with a step's last micro-batch alone."""
+
+    name: ClassVar[str] = "data_parallel"
+    saved: ClassVar[bool] = False
+
+    def __init__(self, wrapped: nn.Module) -> None:
+        self.wrapped = wrapped
+
+    @contextmanager
+    def forward_context(self, progress: Progress) -> Iterator[None]:
+        """No exchange but behind the last one."""
+        last = progress.micro_batch == progress.micro_batches - 1
+        if isinstance(self.wrapped, FSDPModule):
+            self.wrapped.set_requires_gradient_sync(last)
+            yield
+        elif last:
+            yield
+        else:
+            with self.wrapped.no_sync():  # type: ignore[operator]
+                yield
+
+
+def spread(
+    model: nn.Module, how: Literal["replicate", "shard"], layer_drop: bool, device: torch.device
+) -> tuple[nn.Module, tuple[Feature, ...]]:
+    """What to call for a forward pass, and the features that exchange gradients; the model itself for one process.
+
+    "shard" changes the model's parameters (``fully_shard``, over each block of its stack and the rest).
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return model, ()
+    if how == "shard":
+        for block in find_stack(model).blocks:
+            fully_shard(block)
+        fully_shard(model)
+        return model, (Overlapped(model),)
+    if layer_drop:
+        return model, (Replicas(),)
+    wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    return wrapped, (Overlapped(wrapped),)
+
+
+def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Gradients of one dtype, so many that they fill a bucket."""
+    for dtype in dict.fromkeys(grad.dtype for grad in grads):
+        bucket: list[Tensor] = []
+        size = 0
+        for grad in grads:
+            if grad.dtype != dtype:
+                continue
+            bucket.append(grad)
+            size += grad.numel() * grad.element_size()
+            if size >= BUCKET_BYTES:
+                yield bucket
+                bucket, size = [], 0
+        if bucket:
+            yield bucket

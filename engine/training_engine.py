@@ -1,0 +1,187 @@
+"""The half of :class:`engine.Engine` that trains: a facade of :mod:`engine.training.trainer`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from config_schema import Config, SlipstreamError
+from engine.checkpoint.directory import model_directory
+from engine.errors import EngineError
+from engine.inference.text import Text
+
+if TYPE_CHECKING:
+    from engine import build
+    from engine.training.fit import Summary
+    from engine.training.loop import StepReport
+    from engine.training.trainer import Trainer
+
+log = logging.getLogger("slipstream.training")
+
+#: What is in a batch that is asked for its loss.
+TARGETS = frozenset({"labels", "start_positions", "end_positions"})
+
+
+class TrainingEngine:
+    """Training, checkpoints, and inference on the weights as they are. Needs the configuration's section "training"."""
+
+    _config: Config
+    _live: Any
+    text: Text
+    _decided: build.Plan | None
+    _trains: Trainer | None = None
+    _in_training = False
+    _without_runtime: str | None = None
+
+    def _begin_training(self, model: Any, tokenizer: Any, loss_function: Callable[[Any, Any], Tensor] | None) -> None:
+        from engine.training.trainer import Trainer  # its parts take a second to import
+
+        config = self._config.model
+        directory = None if model is not None else model_directory(config.path, config.revision)
+        self.text = Text(directory, None, tokenizer)
+        self._trains = Trainer(
+            self._config, model=model, tokenizer=lambda: self.text.tokenizer, loss_function=loss_function
+        )
+        self._live, self._in_training = self._trains.model, True
+
+    @property
+    def _trainer(self) -> Trainer:
+        if self._trains is None:
+            raise EngineError('this engine only infers: add a section "training" to its configuration')
+        return self._trains
+
+    @property
+    def model(self) -> Any:
+        """The live model: of a training engine, the one in training. None for one that infers from a checkpoint."""
+        return self._live
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps done."""
+        return self._trainer.loop.progress.step
+
+    # ---- modes ----
+
+    def train(self) -> None:
+        """From now on ``engine(batch)`` is a micro-batch of training. A training engine begins so."""
+        self._trainer.model.train()
+        self._in_training = True
+
+    def eval(self) -> None:
+        """From now on ``engine(batch)`` is inference."""
+        self._trainer.model.eval()
+        self._in_training = False
+
+    def _calls_model(self, batch: Any) -> bool:
+        """Whether ``engine(batch)`` runs the model's own forward: while training, for a batch with labels, and for a
+        model that the inference runtime does not know."""
+        if self._trains is None:
+            return False
+        return self._in_training or (isinstance(batch, Mapping) and bool(TARGETS & batch.keys())) or not self._known()
+
+    def _call_model(self, batch: Any) -> Any:
+        return self._trainer.forward(batch) if self._in_training else self._trainer.infer(batch)
+
+    def _known(self) -> bool:
+        """Whether the inference runtime runs this model; said once where it does not."""
+        if self._without_runtime is None:
+            try:
+                self._plan  # noqa: B018 - decides, or says why it cannot
+                self._without_runtime = ""
+            except SlipstreamError as error:
+                self._without_runtime = str(error)
+                log.warning("inference runs the model's own forward: %s", error)
+        return not self._without_runtime
+
+    def _assert_whole(self) -> None:
+        """Refuses inference on weights that several processes share out."""
+        trains = self._trains
+        if trains is not None and trains.settings.data_parallel == "shard" and not trains.ranks.alone:
+            raise EngineError("inference needs whole weights, these are sharded: go on from a checkpoint alone")
+
+    def _updates(self) -> int:
+        """Optimizer steps so far: the weights' source does not see those of torch's fused optimizers."""
+        return 0 if self._trains is None else self._trains.updates
+
+    @property
+    def _plan(self) -> build.Plan:
+        raise NotImplementedError
+
+    # ---- steps ----
+
+    def train_batch(self, batch: Any) -> StepReport:
+        """One optimizer step. ``float(report)`` and ``report.loss`` are the mean loss over all processes.
+
+        ``batch``: this process's part of a batch, a mapping (or tuple) of tensors [B, ...] with B = micro_batch_size x
+        accumulation_steps, or a list of micro-batches.
+        """
+        return self._trainer.train_batch(batch)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of ``engine(batch).loss``."""
+        self._trainer.loop.backward(loss)
+
+    def step(self) -> StepReport | None:
+        """The optimizer step, once accumulation_steps micro-batches have come; else None."""
+        return self._trainer.loop.step()
+
+    # ---- a whole run ----
+
+    def fit(self, dataset: Any = None, eval_dataset: Any = None) -> Summary:
+        """Trains to the end that the configuration gives, with metrics and checkpoints in ``training.output``.
+
+        ``dataset``, ``eval_dataset``: a list of mappings of tensors, a torch ``Dataset`` of such, or samples of
+        :mod:`engine.training.data`; None takes the files of the section "data". Goes on from the last checkpoint there
+        (``training.resume``). The main thread's SIGINT and SIGTERM end it with a checkpoint.
+        """
+        from engine.training.datasets import as_samples
+        from engine.training.fit import fit
+
+        trainer, data = self._trainer, self._config.data
+        train = as_samples(dataset) if dataset is not None else trainer.samples("train")
+        evaluated = None if eval_dataset is None else as_samples(eval_dataset)
+        if evaluated is None and data is not None and data.eval is not None:
+            evaluated = trainer.samples("eval")
+        return fit(trainer, train, evaluated)
+
+    def evaluate(self, dataset: Any = None) -> dict[str, float]:
+        """The figures of the data's task (the mean loss of a user's own samples)."""
+        from engine.training.datasets import as_samples
+
+        trainer = self._trainer
+        return trainer.evaluate(as_samples(dataset) if dataset is not None else trainer.samples("eval"))
+
+    # ---- saving ----
+
+    def save_checkpoint(self, directory: str | os.PathLike[str] | None = None) -> str:
+        """All that is needed to go on, into ``directory`` or ``training.output``/checkpoints. Returns where."""
+        trainer = self._trainer
+        return str(trainer.checkpoints(directory).save(self.global_step, trainer.objects()))
+
+    def load_checkpoint(self, directory: str | os.PathLike[str] | None = None, step: int | None = None) -> int:
+        """Goes back to the last checkpoint, or that of ``step``; the step."""
+        trainer = self._trainer
+        return trainer.checkpoints(directory).restore(trainer.objects(), step)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """A Hugging Face directory, tokenizer included, that ``from_pretrained`` and ``Engine`` open."""
+        try:
+            tokenizer = self.text.tokenizer
+        except SlipstreamError as error:
+            log.warning("no tokenizer is saved: %s", error)
+            tokenizer = None
+        self._trainer.save_pretrained(directory, tokenizer)
+
+    def describe_training(self) -> str:
+        """What is trained, where, and by how many samples a step."""
+        return self._trainer.describe()
+
+    def _explain_training(self) -> str:
+        if self._trains is None:
+            return ""
+        choices = "".join(f'\n{c.path}: "auto" is {c.value}: {c.reason}' for c in self._trains.resolver.choices)
+        return f"\n\nTraining\n{self._trains.describe()}{choices}"

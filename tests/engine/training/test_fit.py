@@ -1,0 +1,230 @@
+"""Whole runs: from files to checkpoints, killed and resumed, on several processes, and what goes wrong on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from engine import Engine
+from engine.errors import EngineError
+from tests.conftest import ROOT
+from tests.engine.tiny_text import bpe_tokenizer
+from tests.engine.training.trained import Stack, bert, config, masked, write_labelled
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A directory with a tiny classifier's config and tokenizer, data, and a configuration that trains it."""
+    tokenizer = bpe_tokenizer()
+    tokenizer.pad_token = "<eos>"
+    tokenizer.save_pretrained(tmp_path / "model")
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+    }
+    transformers.BertConfig(vocab_size=len(tokenizer), max_position_embeddings=32, **sizes).save_pretrained(
+        tmp_path / "model"
+    )
+    write_labelled(tmp_path / "train.jsonl", 60, 1)
+    write_labelled(tmp_path / "dev.jsonl", 21, 2)
+    write(tmp_path)
+    return tmp_path
+
+
+def write(home: Path, **sections: Any) -> Path:
+    """The configuration, with ``sections`` replaced or extended."""
+    document: dict[str, Any] = {
+        "model": {"path": "model", "task": "sequence_classification", "weights": "random"},
+        "device": "cpu",
+        "precision": "fp32",
+        "training": {
+            "train_batch_size": 8, "micro_batch_size": 4, "max_steps": 12, "output": "run", "checkpoint_every": 2,
+            "clip_norm": 1.0, "seed": 3,
+        },
+        "optimizer": {"type": "AdamW", "lr": 0.01},
+        "schedule": {"type": "cosine", "warmup_steps": 2},
+        "progressive_layer_drop": {"theta": 0.5, "gamma": 0.5},
+        "data": {"train": "train.jsonl", "eval": "dev.jsonl", "length": 24, "labels": ["animals", "evening"]},
+        "job": {"type": "train"},
+    }  # fmt: skip
+    for name, section in sections.items():
+        document[name] = {**document.get(name, {}), **section} if isinstance(section, dict) else section
+    (home / "train.json").write_text(json.dumps(document), encoding="utf-8")
+    return home / "train.json"
+
+
+def command(home: Path, *arguments: str) -> subprocess.Popen[str]:
+    """``slipstream run`` in the directory."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "engine", "run", "train.json", *arguments],
+        cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+
+
+def lines(home: Path, output: str = "run") -> list[dict[str, Any]]:
+    """The metrics of the training steps, without what depends on the clock."""
+    text = (home / output / "metrics.jsonl").read_text(encoding="utf-8")
+    found = [json.loads(line) for line in text.splitlines()]
+    return [{k: v for k, v in line.items() if k != "samples_per_second"} for line in found if "loss" in line]
+
+
+def test_a_run_killed_and_resumed_is_the_run_that_was_not(home: Path) -> None:
+    """kill -9 twice, SIGTERM once, each resumed: every loss, norm and figure is that of one run in one go."""
+    whole = command(home, "--set", "training.output=whole")
+    out, err = whole.communicate(timeout=200)
+    assert whole.returncode == 0, err
+    assert "eval accuracy" in out
+    assert "layers run, mean" in out
+    for number, at in ((signal.SIGKILL, 3), (signal.SIGKILL, 6), (signal.SIGTERM, 9)):
+        run = command(home)
+        metrics = home / "run" / "metrics.jsonl"
+        end = time.monotonic() + 100
+        while time.monotonic() < end and run.poll() is None:
+            if metrics.exists() and metrics.read_text(encoding="utf-8").count('"loss"') >= at:
+                break
+            time.sleep(0.01)
+        run.send_signal(number)
+        out, err = run.communicate(timeout=100)
+        if run.poll() != 0:
+            assert run.returncode == -signal.SIGKILL
+        elif number == signal.SIGTERM:
+            assert "SIGTERM: stopping behind this step" in err or "(0 of them" in out or "steps" in out
+    last = command(home)
+    out, err = last.communicate(timeout=200)
+    assert last.returncode == 0, err
+    assert lines(home) == lines(home, "whole")
+    assert [line["step"] for line in lines(home)] == list(range(1, 13))
+
+
+def test_learns_and_is_served(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From files to a classifier that the engine's own kernels serve, and that Hugging Face opens."""
+    monkeypatch.chdir(home)
+    path = write(home, training={"max_steps": 60, "checkpoint_every": None}, progressive_layer_drop={"enabled": False})
+    engine = Engine(path)
+    before = engine.evaluate()["accuracy"]
+    summary = engine.fit()
+    assert summary.figures["accuracy"] >= 0.95 > before
+    assert summary.steps == 60
+    texts = ["moon sea night", "dog fox lazy"]
+    assert [labels[0].label for labels in engine.classify(texts)] == ["evening", "animals"]
+    engine.save_pretrained("saved")
+    assert [labels[0].label for labels in Engine.from_pretrained("saved").classify(texts)] == ["evening", "animals"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained("saved")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained("saved").eval()
+    assert model(**tokenizer(texts[0], return_tensors="pt")).logits.argmax().item() == 1
+
+
+def test_fits_rows_of_ones_own(tmp_path: Path) -> None:
+    rows = [{name: value[0] for name, value in masked(1, seed).items()} for seed in range(16)]
+    training = {"output": str(tmp_path / "run"), "max_steps": None, "epochs": 3.0}
+    engine = Engine(config(training=training), model=bert())
+    summary = engine.fit(rows, rows[:4])
+    assert summary.steps == 12
+    assert summary.figures["loss"] < 5
+    again = Engine(config(training=training), model=bert())
+    assert again.fit(rows).begun == 12, "there was nothing left to do"
+
+
+RANKS = Path(__file__).with_name("fit_ranks.py")
+
+
+@pytest.mark.parametrize("how", ["replicate", "shard"])
+@pytest.mark.parametrize("drop", [False, True], ids=["all layers", "layers dropped"])
+def test_two_processes_are_one(tmp_path: Path, how: str, drop: bool) -> None:
+    """The same global batch, with accumulation and clipping: the same losses and norms; checkpoints for any number."""
+    one = _ranks(tmp_path / "one", 1, how, drop)
+    two = _ranks(tmp_path / "two", 2, how, drop)
+    assert [line["step"] for line in one] == [line["step"] for line in two] == list(range(1, 9))
+    for name in ("loss", "grad_norm"):
+        assert [line[name] for line in two] == pytest.approx([line[name] for line in one], rel=2e-4)
+    if drop:
+        assert [line["layer_drop/layers"] for line in two] == [line["layer_drop/layers"] for line in one]
+
+
+def _ranks(home: Path, size: int, how: str, drop: bool) -> list[dict[str, Any]]:
+    """Steps 1 to 4 on ``size`` processes, 5 to 8 on one."""
+    home.mkdir()
+    for processes, steps in ((size, 4), (1, 8)):
+        base = [sys.executable]
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        kind = how if processes > 1 else "auto"
+        arguments = [*(launcher if processes > 1 else []), str(RANKS), str(home), str(steps), kind, str(int(drop))]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*base, *arguments], capture_output=True, text=True, timeout=200, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return lines(home, ".")
+
+
+BROKEN: dict[str, tuple[dict[str, Any], str]] = {
+    "no such file": ({"data": {"train": "no.jsonl"}}, "no.jsonl"),
+    "an empty file": ({"data": {"train": "empty.jsonl"}}, "empty.jsonl"),
+    "a label out of range": ({"data": {"train": "odd.jsonl"}}, "odd.jsonl: line 1: label 7"),
+    "texts longer than the model": ({"data": {"length": 99}}, "$.data.length: 99 tokens, but the model's position"),
+    "batches that contradict": ({"training": {"train_batch_size": 7}}, "$.training.train_batch_size: 7 is no multiple"),
+    "no tensorboard": ({"training": {"tensorboard": True}}, "TensorBoard is not installed"),
+    "an output that is a file": ({"training": {"output": "dev.jsonl"}}, "dev.jsonl"),
+    "no stack there": ({"progressive_layer_drop": {"paths": "encoder.blocks"}}, 'no module "encoder.blocks"'),
+    "theta of nothing": ({"progressive_layer_drop": {"theta": 0}}, "$.progressive_layer_drop.theta"),
+    "no model": ({"model": {"path": "nowhere"}}, "nowhere"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_bad_input_is_one_line(
+    name: str, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from engine.cli import main
+
+    sections, wanted = BROKEN[name]
+    if name == "no tensorboard":
+        monkeypatch.setattr("engine.training.metrics_log.find_spec", lambda package: None)
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (home / "empty.jsonl").write_text("", encoding="utf-8")
+    (home / "odd.jsonl").write_text('{"text": "the moon", "label": 7}\n', encoding="utf-8")
+    write(home, **sections)
+    assert main(["run", "train.json"]) != 0
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1, said
+    assert wanted in said[0]
+
+
+def test_a_loss_that_is_no_number_names_the_last_checkpoint(tmp_path: Path) -> None:
+    rows = [{"x": torch.randn(6), "y": torch.tensor(1.0)} for _ in range(40)]
+    for row in rows[20:]:
+        row["x"] = torch.full((6,), torch.nan)
+
+    class Ordered:
+        """The rows in their own order."""
+
+        def __len__(self) -> int:
+            return len(rows)
+
+        def batch(self, indices: Any, epochs: Any, seed: int) -> dict[str, torch.Tensor]:
+            """The next rows, whatever is asked for."""
+            self.at = getattr(self, "at", 0)
+            found = rows[self.at : self.at + len(indices)]
+            self.at += len(indices)
+            return {name: torch.stack([row[name] for row in found]) for name in ("x", "y")}
+
+    training = {"output": str(tmp_path / "run"), "max_steps": 9, "checkpoint_every": 2}
+
+    def loss(outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+        return (outputs[:, 0] - batch["y"]).square().mean()
+
+    engine = Engine(config(training=training), model=Stack(), loss_function=loss)
+    with pytest.raises(EngineError, match=r"step 6: .* micro-batch 0 is nan.*; the last good checkpoint is of step 4"):
+        engine.fit(Ordered())
