@@ -91,10 +91,28 @@ def _training_sections_train(config: Config) -> list[Problem]:
     """A section that only training reads has no effect without it."""
     if config.training is not None:
         return []
-    given = [name for name in ("optimizer", "schedule", "progressive_layer_drop") if getattr(config, name) is not None]
+    given = ["model.weights"] if config.model.weights == "random" else []
+    given += [name for name in _OF_TRAINING if getattr(config, name) is not None]
     return [
         Problem(f"$.{name}", "has no effect without $.training; add that section, or remove this") for name in given
     ]
+
+
+def _data_fit_task(config: Config) -> list[Problem]:
+    data, task = config.data, config.model.task
+    if data is None or "auto" in (data.task, task) or _TASK_OF_DATA[data.task] == task:
+        return []
+    wanted = f'"{data.task}" needs $.model.task to be "{_TASK_OF_DATA[data.task]}" or "auto", which is "{task}"'
+    return [Problem("$.data.task", wanted)]
+
+
+def _evaluations_have_data(config: Config) -> list[Problem]:
+    """Where the data are files; fit() may be given others to evaluate on."""
+    if config.training is None or config.data is None or config.data.train is None:
+        return []
+    if config.training.evaluate_every is None or config.data.eval is not None:
+        return []
+    return [Problem("$.training.evaluate_every", "has no effect without $.data.eval; name files, or remove this")]
 
 
 def _train_job_is_complete(config: Config) -> list[Problem]:
@@ -151,11 +169,17 @@ def _one_clock_for_layer_drop(config: Config) -> list[Problem]:
 
 
 def _warm_up_fits(config: Config) -> list[Problem]:
-    schedule = config.schedule
-    if schedule is None or schedule.total_steps == "auto" or schedule.warmup_steps <= schedule.total_steps:
+    schedule, training = config.schedule, config.training
+    if schedule is None:
         return []
-    reason = f"{schedule.warmup_steps} is more than $.schedule.total_steps, which is {schedule.total_steps}"
-    return [Problem("$.schedule.warmup_steps", reason)]
+    name, total = "$.schedule.total_steps", schedule.total_steps
+    if total == "auto":
+        if training is None or training.max_steps is None or schedule.type == "constant":
+            return []
+        name, total = "$.training.max_steps", training.max_steps
+    if schedule.warmup_steps <= total:
+        return []
+    return [Problem("$.schedule.warmup_steps", f"{schedule.warmup_steps} is more than {name}, which is {total}")]
 
 
 RULES = (
@@ -165,13 +189,18 @@ RULES = (
     Rule(frozenset({"generation"}), _temperature_can_sample),
     Rule(frozenset({"generation"}), _sampling_options_apply),
     Rule(frozenset({"job"}), _output_is_not_input),
-    Rule(frozenset({"training", "optimizer", "schedule", "progressive_layer_drop"}), _training_sections_train),
+    Rule(
+        frozenset({"model", "training", "optimizer", "schedule", "progressive_layer_drop", "data"}),
+        _training_sections_train,
+    ),
+    Rule(frozenset({"model", "data"}), _data_fit_task),
+    Rule(frozenset({"training", "data"}), _evaluations_have_data),
     Rule(frozenset({"job", "training", "data"}), _train_job_is_complete),
     Rule(frozenset({"training"}), _training_has_one_end),
     Rule(frozenset({"training"}), _batch_sizes_agree),
     Rule(frozenset({"training", "precision"}), _loss_scale_needs_fp16),
     Rule(frozenset({"progressive_layer_drop"}), _one_clock_for_layer_drop),
-    Rule(frozenset({"schedule"}), _warm_up_fits),
+    Rule(frozenset({"schedule", "training"}), _warm_up_fits),
 )
 
 _TASK_OF_JOB: Mapping[str, str] = {
@@ -182,3 +211,11 @@ _TASK_OF_JOB: Mapping[str, str] = {
     "answer": "question_answering",
     "fill_mask": "masked_lm",
 }
+_TASK_OF_DATA: Mapping[str, str] = {
+    "masked_lm": "masked_lm",
+    "causal_lm": "causal_lm",
+    "classification": "sequence_classification",
+    "regression": "sequence_classification",
+    "question_answering": "question_answering",
+}
+_OF_TRAINING = ("optimizer", "schedule", "progressive_layer_drop", "data")

@@ -73,5 +73,8 @@ class Training(Section):
     evaluate_every: Count | None = None
     """Optimizer steps from one evaluation to the next; the end is evaluated in any case where there are data for it."""
 
+    log_every: Count = 1
+    """Optimizer steps from one line of metrics to the next; a line is of its step alone."""
+
     tensorboard: bool = False
     """Write TensorBoard's event files beside metrics.jsonl."""

@@ -237,6 +237,11 @@ def _validate(options: argparse.Namespace) -> int:
 
 def _explain(options: argparse.Namespace) -> int:
     config = load_config(options.config, overrides=options.set)
+    if config.training is not None:
+        from engine.engine import Engine
+
+        print(Engine(config).explain())
+        return 0
     from engine import build
 
     print(build.explain(build.plan(config)))

@@ -63,7 +63,7 @@ class Engine(TrainingEngine):
         else:
             self._config = load_config(config, overrides=overrides)
         self._live = model
-        if self._config.training is not None:
+        if self._config.training is not None and self._decided is None:  # a plan is one of inference
             self._begin_training(model, tokenizer, loss_function)
             return
         if loss_function is not None:

@@ -60,6 +60,8 @@ def load_model(config: Config, tokenizer: Any) -> nn.Module:
     """
     import transformers
 
+    if config.model.gguf_file is not None:
+        raise EngineError("$.model.gguf_file: training begins from safetensors: convert the file, or leave it out")
     directory = model_directory(config.model.path, config.model.revision)
     facts = _of_transformers(directory, lambda: transformers.AutoConfig.from_pretrained(str(directory)))
     task = model_task(config, getattr(facts, "architectures", None), str(directory / "config.json"))

@@ -67,6 +67,7 @@ class Trainer:
         torch.manual_seed(self.settings.seed)
         given = model is not None
         self.model = (load_model(config, self._tokenizer_or_none()) if model is None else model).to(self.device)
+        torch.manual_seed(self.settings.seed + self.ranks.rank)  # each process drops out other elements
         if given and self.mode != "fp32" and any(p.dtype != torch.float32 for p in self.model.parameters()):
             raise EngineError(f'$.precision: "{self.mode}" trains weights that are kept in fp32: give model.float()')
         self.optimizer_choice = config.optimizer or self.resolver.choose(

@@ -54,10 +54,16 @@ BROKEN: dict[str, tuple[dict[str, object], list[str]]] = {
         ["$.job.output: would overwrite $.job.texts_file; give it another name"],
     ),
     "sections of training without it": (
-        with_model(optimizer={"type": "LAMB"}, schedule={}, progressive_layer_drop={"gamma": 0.1}),
+        {
+            "model": {"path": "m", "weights": "random"},
+            "optimizer": {"type": "LAMB"},
+            "schedule": {},
+            "progressive_layer_drop": {"gamma": 0.1},
+            "data": {},
+        },
         [
             f"$.{name}: has no effect without $.training; add that section, or remove this"
-            for name in ("optimizer", "schedule", "progressive_layer_drop")
+            for name in ("model.weights", "optimizer", "schedule", "progressive_layer_drop", "data")
         ],
     ),
     "a job that lacks what it trains": (
@@ -102,6 +108,24 @@ BROKEN: dict[str, tuple[dict[str, object], list[str]]] = {
         with_model(training={"micro_batch_size": 1}, schedule={"warmup_steps": 9, "total_steps": 8}),
         ["$.schedule.warmup_steps: 9 is more than $.schedule.total_steps, which is 8"],
     ),
+    "a warm-up longer than the training": (
+        with_model(training={"micro_batch_size": 1, "max_steps": 8}, schedule={"type": "linear", "warmup_steps": 9}),
+        ["$.schedule.warmup_steps: 9 is more than $.training.max_steps, which is 8"],
+    ),
+    "data of another task": (
+        {
+            "model": {"path": "m", "task": "causal_lm"},
+            "training": {"micro_batch_size": 1},
+            "data": {"task": "regression"},
+        },
+        [
+            '$.data.task: "regression" needs $.model.task to be "sequence_classification" or "auto", which is "causal_lm"'
+        ],
+    ),
+    "evaluations of nothing": (
+        with_model(training={"micro_batch_size": 1, "evaluate_every": 5}, data={"train": "a.txt"}),
+        ["$.training.evaluate_every: has no effect without $.data.eval; name files, or remove this"],
+    ),
 }
 
 FINE: dict[str, dict[str, object]] = {
@@ -126,6 +150,10 @@ FINE: dict[str, dict[str, object]] = {
         job={"type": "train"},
     ),
     "steps from Python": with_model(training={"micro_batch_size": 2}),
+    "evaluation on what fit() is given": with_model(training={"micro_batch_size": 2, "evaluate_every": 5}),
+    "a warm-up alone": with_model(
+        training={"micro_batch_size": 2, "max_steps": 8}, schedule={"type": "constant", "warmup_steps": 9}
+    ),
     "output elsewhere": with_model(job={"type": "encode", "texts_file": "a.txt", "output": "b.jsonl"}),
 }
 

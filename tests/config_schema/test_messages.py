@@ -43,6 +43,46 @@ GOLDEN: dict[str, tuple[object, list[str]]] = {
         with_model(max_new_tokens=3),
         [f"$.max_new_tokens: unknown key, did you mean $.generation.max_new_tokens? (allowed: {ROOT_KEYS})"],
     ),
+    "keys of training": (
+        with_model(training={"micro_batch_sise": 4, "acumulation_steps": 2, "loss_scale": {"inital": 2.0}}),
+        [
+            '$.training.micro_batch_sise: unknown key, did you mean "micro_batch_size"? (allowed: train_batch_size, '
+            "micro_batch_size, accumulation_steps, max_steps, epochs, clip_norm, seed, activation_checkpointing, "
+            "compile, data_parallel, loss_scale, output, checkpoint_every, keep_checkpoints, resume, evaluate_every, "
+            "log_every, tensorboard)",
+            '$.training.acumulation_steps: unknown key, did you mean "accumulation_steps"? (allowed: '
+            "train_batch_size, micro_batch_size, accumulation_steps, max_steps, epochs, clip_norm, seed, "
+            "activation_checkpointing, compile, data_parallel, loss_scale, output, checkpoint_every, "
+            "keep_checkpoints, resume, evaluate_every, log_every, tensorboard)",
+            '$.training.loss_scale.inital: unknown key, did you mean "initial"? (allowed: initial, growth_interval)',
+        ],
+    ),
+    "keys beside training": (
+        with_model(
+            training={"micro_batch_size": 4},
+            optimizer={"type": "AdamW", "weight_decy": 0.1},
+            schedule={"warmup": 3},
+            progressive_layer_drop={"tetha": 0.5},
+            data={"colums": {}},
+        ),
+        [
+            '$.optimizer.weight_decy: unknown key, did you mean "weight_decay"? '
+            "(allowed: type, lr, betas, eps, weight_decay, decay_all)",
+            '$.schedule.warmup: unknown key, did you mean "warmup_steps"? (allowed: type, warmup_steps, total_steps)',
+            '$.progressive_layer_drop.tetha: unknown key, did you mean "theta"? '
+            "(allowed: enabled, theta, gamma, total_steps, paths, seed)",
+            '$.data.colums: unknown key, did you mean "columns"? (allowed: task, train, eval, format, columns, '
+            "documents, quoted, length, labels, mask_probability, separator, stride, max_question, metric)",
+        ],
+    ),
+    "an optimizer that is not there": (
+        with_model(training={"micro_batch_size": 4}, optimizer={"type": "Adam"}),
+        ['$.optimizer.type: got "Adam", wanted one of "AdamW", "LAMB"; did you mean "AdamW"?'],
+    ),
+    "theta out of range": (
+        with_model(training={"micro_batch_size": 4}, progressive_layer_drop={"theta": 1.5}),
+        ["$.progressive_layer_drop.theta: got 1.5, wanted a number above 0 and at most 1"],
+    ),
     "key in another case": (
         with_model(embedding={"Pooling": "cls"}),
         [
