@@ -7,8 +7,9 @@
 Models are Hugging Face's with random weights and dropout, and compute their loss themselves; ids are random. Both
 loops: fused AdamW with weight decay on matrices only, gradients clipped to a norm of 1, a linear schedule, the loss
 read after every step. A third loop never reads its loss, so that nothing waits for the device: no bar, but what a
-reading costs. Times are of whole steps, a round of each loop in turn. Peak memory is that of a process each: on a GPU
-what torch has allocated, on a CPU what the process holds beyond what it held before it built the model.
+reading costs. Times are of whole steps, a round of each loop in turn. Peak memory is that of processes of their own
+(some 15 s each, beyond --limit-seconds): on a GPU what torch has allocated, on a CPU what the process holds beyond what
+it held before it built the model.
 """
 
 from __future__ import annotations
@@ -216,8 +217,8 @@ def peak_memory_apart(name: str, case: Case) -> int:
 
 @dataclass(frozen=True)
 class Row:
-    """A run of a case. seconds: a step's, of each round. memory: bytes, of each process. loss: of the last warm step;
-    None where it is not read."""
+    """A run of a case. seconds: a step's, of each round. memory: bytes, of each process, if it was measured. loss: of
+    the last warm step; None where it is not read."""
 
     case: Case
     run: str
@@ -243,7 +244,7 @@ def measure(case: Case, chosen: argparse.Namespace, deadline: float) -> list[Row
     running.clear()
     free()
     memory: dict[str, list[int]] = {name: [] for name in RUNS}
-    for name in [*RUNS] * chosen.processes:
+    for name in (OURS, PLAIN) * chosen.processes:
         say(f"{case}: memory of {name}")
         memory[name].append(peak_memory_apart(name, case))
     return [Row(case, name, found[name], memory[name], losses[name][-1]) for name in RUNS]

@@ -182,6 +182,24 @@ def _warm_up_fits(config: Config) -> list[Problem]:
     return [Problem("$.schedule.warmup_steps", f"{schedule.warmup_steps} is more than {name}, which is {total}")]
 
 
+def _the_schedule_ends(config: Config) -> list[Problem]:
+    schedule = config.schedule
+    if schedule is None or schedule.type != "constant" or schedule.total_steps == "auto":
+        return []
+    reason = 'has no effect with $.schedule.type "constant", which does not end: choose another, or remove this'
+    return [Problem("$.schedule.total_steps", reason)]
+
+
+def _trust_ratio_has_room(config: Config) -> list[Problem]:
+    optimizer = config.optimizer
+    if optimizer is None or optimizer.type != "LAMB" or optimizer.min_coeff is None or optimizer.max_coeff is None:
+        return []
+    if optimizer.min_coeff <= optimizer.max_coeff:
+        return []
+    reason = f"{optimizer.min_coeff} is more than $.optimizer.max_coeff, which is {optimizer.max_coeff}"
+    return [Problem("$.optimizer.min_coeff", f"{reason}: lower this, or set it to null")]
+
+
 RULES = (
     Rule(frozenset({"job", "model"}), _job_fits_task),
     Rule(frozenset({"job", "generation", "inference"}), _new_tokens_fit_budget),
@@ -201,6 +219,8 @@ RULES = (
     Rule(frozenset({"training", "precision"}), _loss_scale_needs_fp16),
     Rule(frozenset({"progressive_layer_drop"}), _one_clock_for_layer_drop),
     Rule(frozenset({"schedule", "training"}), _warm_up_fits),
+    Rule(frozenset({"schedule"}), _the_schedule_ends),
+    Rule(frozenset({"optimizer"}), _trust_ratio_has_room),
 )
 
 _TASK_OF_JOB: Mapping[str, str] = {

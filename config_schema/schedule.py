@@ -13,7 +13,7 @@ class Schedule(Section):
     """How the learning rate rises and falls: after the warm-up it is the optimizer's "lr"."""
 
     type: Literal["constant", "linear", "cosine", "one_cycle"] = "constant"
-    """What comes behind the warm-up: the same rate, or one that falls to 0 in a line or along a cosine."""
+    """After the warm-up: the same rate, or one that falls to 0 in a line or along a cosine (one_cycle: nearly to 0)."""
 
     warmup_steps: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     """Optimizer steps in which the rate rises to its highest."""

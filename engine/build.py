@@ -6,7 +6,7 @@ import importlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -78,14 +78,24 @@ class Plan:
 
     def explain(self) -> dict[str, Any]:
         """The config with every ``"auto"`` resolved, as a JSON document."""
-        document = self.config.to_dict()
-        for choice in self.choices:
-            *parents, leaf = choice.path.removeprefix("$.").split(".")
-            section: Any = document
-            for parent in parents:
-                section = section[parent]
-            section[leaf] = choice.value
-        return document
+        return resolved(self.config, self.choices)
+
+
+def resolved(config: Config, choices: Sequence[Choice]) -> dict[str, Any]:
+    """The config with the values of ``choices``, as a JSON document."""
+    document = config.to_dict()
+    for choice in choices:
+        *parents, leaf = choice.path.removeprefix("$.").split(".")
+        section: Any = document
+        for parent in parents:
+            section = section[parent]
+        section[leaf] = choice.value
+    return document
+
+
+def reasons(choices: Sequence[Choice]) -> str:
+    """One line a choice: path, value, reason."""
+    return "\n".join(f'{choice.path}: "auto" is {json.dumps(choice.value)}: {choice.reason}' for choice in choices)
 
 
 class Resolver:
@@ -330,7 +340,5 @@ def _pooling(config: Config, spec: ModelSpec, directory: Path | None, resolver: 
 
 def explain(plan: Plan) -> str:
     """The resolved config as JSON, then one line a choice: path, value, reason."""
-    reasons = "\n".join(
-        f'{choice.path}: "auto" is {json.dumps(choice.value)}: {choice.reason}' for choice in plan.choices
-    )
-    return json.dumps(plan.explain(), indent=2, ensure_ascii=False) + (f"\n\n{reasons}" if reasons else "")
+    said = reasons(plan.choices)
+    return json.dumps(plan.explain(), indent=2, ensure_ascii=False) + (f"\n\n{said}" if said else "")

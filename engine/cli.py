@@ -162,7 +162,9 @@ def _refuse_unknown_command(arguments: Sequence[str]) -> None:
 def _set_up_output(verbose: int) -> None:
     """Our log on stderr at the level asked for; the chatter of libraries only with -v."""
     log = logging.getLogger("slipstream")
-    log.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one speaks for all
+    log.setLevel(level if first else logging.ERROR)
     if not any(isinstance(handler, _StderrHandler) for handler in log.handlers):
         log.addHandler(_StderrHandler())
     for stream in (sys.stdout, sys.stderr):
@@ -212,14 +214,16 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace, config: Config, job: Job) -> int:
+    if options.dry_run:
+        from engine.training.outline import outline
+
+        plan, model = outline(config)
+        print(f"{options.config}: ready: train\n{plan.describe(model)}")
+        return 0
     from engine import jobs
     from engine.engine import Engine
 
-    engine = Engine(config)
-    if options.dry_run:
-        print(f"{options.config}: ready: train\n{engine.describe_training()}")
-        return 0
-    jobs.run(engine, job)
+    jobs.run(Engine(config), job)
     return 0
 
 
@@ -238,9 +242,10 @@ def _validate(options: argparse.Namespace) -> int:
 def _explain(options: argparse.Namespace) -> int:
     config = load_config(options.config, overrides=options.set)
     if config.training is not None:
-        from engine.engine import Engine
+        from engine.training.outline import outline
 
-        print(Engine(config).explain())
+        plan, model = outline(config)
+        print(plan.explain(model))
         return 0
     from engine import build
 

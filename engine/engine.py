@@ -114,10 +114,6 @@ class Engine(TrainingEngine):
         """What was decided: device, precision, kernel set, budgets, and the reason of each ``"auto"``."""
         return self._plan
 
-    def explain(self) -> str:
-        """The resolved configuration as JSON, and the reason of each choice."""
-        return build.explain(self._plan) + self._explain_training()
-
     # ---- inference ----
 
     def __call__(self, batch: Any, *, attention_mask: Any = None, token_type_ids: Any = None) -> Any:

@@ -178,10 +178,15 @@ class TrainingEngine:
 
     def describe_training(self) -> str:
         """What is trained, where, and by how many samples a step."""
-        return self._trainer.describe()
+        trainer = self._trainer
+        return trainer.plan.describe(trainer.model)
 
-    def _explain_training(self) -> str:
+    def explain(self) -> str:
+        """The resolved configuration as JSON, what is trained, and the reason of each choice; those of inference if the
+        engine has inferred."""
+        from engine.build import explain, reasons
+
         if self._trains is None:
-            return ""
-        choices = "".join(f'\n{c.path}: "auto" is {c.value}: {c.reason}' for c in self._trains.resolver.choices)
-        return f"\n\nTraining\n{self._trains.describe()}{choices}"
+            return explain(self._plan)
+        inference = "" if self._decided is None else f"\n\nInference\n{reasons(self._decided.choices)}"
+        return self._trains.plan.explain(self._trains.model) + inference

@@ -30,9 +30,11 @@ class BinFile:
     flat dictionary of dense tensors, or needs more than ``weights_only`` to load.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, state: Any = None, remedy: str = _CONVERT) -> None:
+        """``state``: what :func:`load_plain` made of the file, or the part of it to take; None loads it. ``remedy``
+        ends the errors of what is no plain tensor."""
         self.label = path.name
-        self._tensors = _checked(path, _load(path))
+        self._tensors = _checked(path, load_plain(path, remedy) if state is None else state, remedy)
 
     def names(self) -> Collection[str]:
         """Every tensor's name, in the order of the file."""
@@ -51,7 +53,9 @@ class BinFile:
         return self._tensors[name]
 
 
-def _load(path: Path) -> Any:
+def load_plain(path: Path, remedy: str = _CONVERT) -> Any:
+    """What a file of ``torch.save`` holds, as far as nothing has to run for that: tensors on the CPU (views of the
+    mapped file in the zip format), numbers, texts and containers of them. Raises ``CheckpointError``."""
     head = read_head(path)
     if not head.startswith((_ZIP, _PICKLE)):
         raise CheckpointError(f"{path}: not a file of torch.save, but {what_it_is(head) or 'something else'}")
@@ -63,7 +67,7 @@ def _load(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         needs = re.search(r"GLOBAL (\S+)", str(error))
         what = f"needs {needs[1]}, which is code" if needs else f"cannot be read as weights only ({_first_line(error)})"
-        raise CheckpointError(f"{path}: {what}: a pickle is not run; {_CONVERT}") from error
+        raise CheckpointError(f"{path}: {what}: a pickle is not run; {remedy}") from error
     except Exception as error:  # a damaged pickle or archive can make the reader raise anything
         raise CheckpointError(f"{path}: damaged or cut off: {_first_line(error)}; fetch the file again") from error
 
@@ -72,17 +76,17 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0]
 
 
-def _checked(path: Path, state: Any) -> dict[str, Tensor]:
+def _checked(path: Path, state: Any, remedy: str) -> dict[str, Tensor]:
     if not isinstance(state, Mapping):
-        raise CheckpointError(f"{path}: must hold a dictionary of tensors, holds {type(state).__name__}; {_CONVERT}")
+        raise CheckpointError(f"{path}: must hold a dictionary of tensors, holds {type(state).__name__}; {remedy}")
     for name, value in state.items():
         if isinstance(value, Mapping):
             raise CheckpointError(
-                f"{path}: {name}: a dictionary inside the dictionary (a training checkpoint?); {_CONVERT}"
+                f"{path}: {name}: a dictionary inside the dictionary (a training checkpoint?); {remedy}"
             )
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"{path}: {name}: a {type(value).__name__} where a tensor must be; {_CONVERT}")
+            raise CheckpointError(f"{path}: {name}: a {type(value).__name__} where a tensor must be; {remedy}")
         if value.layout != torch.strided or value.is_quantized or value.is_complex():
             kind = "quantized" if value.is_quantized else f"{value.layout}, {value.dtype}"
-            raise CheckpointError(f"{path}: {name}: not a plain dense tensor ({kind}); {_CONVERT}")
+            raise CheckpointError(f"{path}: {name}: not a plain dense tensor ({kind}); {remedy}")
     return {name: value.detach() for name, value in state.items()}

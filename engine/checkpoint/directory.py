@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint.bin_file import BinFile
+from engine.checkpoint.deepspeed_files import is_deepspeed, open_deepspeed
 from engine.checkpoint.files import file_inside, read_json_object
 from engine.checkpoint.gguf_file import GGUFFile
 from engine.checkpoint.hub import HUB_NAME, fetch
@@ -54,7 +55,16 @@ def open_weights(directory: Path) -> FileSource:
     for name, open_file in _WEIGHTS.items():
         if (directory / name).exists() or (directory / name).is_symlink():
             return open_file(_regular(directory, name))
+    if is_deepspeed(directory):
+        return open_deepspeed(directory)
     raise CheckpointError(_no_weights(directory))
+
+
+def deepspeed_weights(directory: Path) -> FileSource | None:
+    """The weights of a local directory in which only DeepSpeed wrote some, or None. Raises ``CheckpointError``."""
+    if any((directory / name).exists() for name in _WEIGHTS) or not is_deepspeed(directory):
+        return None
+    return open_deepspeed(directory)
 
 
 def _single_safetensors(path: Path) -> FileSource:
@@ -155,6 +165,9 @@ def _hint(directory: Path) -> str:
     """What a directory without the files of a checkpoint is instead, and what to do; "" if that cannot be told."""
     hints = {
         "adapter_config.json": "an adapter (LoRA) without its base model: merge them (peft's merge_and_unload)",
+        "latest": "a DeepSpeed checkpoint: copy the config.json and the tokenizer of the model that was trained to it",
+        "*_model_states.pt": "inside of a DeepSpeed checkpoint: give the directory above it, with `latest`",
+        "*/*_model_states.pt": "a DeepSpeed checkpoint without its file `latest`: write that folder's name into it",
         "model_index.json": "a diffusion pipeline, which is not supported",
         "*.gguf": "a GGUF checkpoint: name its file with gguf_file",
         "consolidated*": "the original release, not Hugging Face's format: convert it, or fetch the -hf repository",

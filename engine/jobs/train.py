@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from config_schema.job import TrainJob
 from engine.jobs.console import Console
 from engine.jobs.tables import table
+from engine.training.ranks import ranks
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -16,8 +17,10 @@ if TYPE_CHECKING:
 def run(engine: Engine, job: TrainJob, console: Console) -> None:
     """Trains to the end, or goes on from the last checkpoint."""
     found = engine.fit()
+    if ranks().rank:
+        return  # the first process speaks for all
     output = engine.config.training.output if engine.config.training is not None else None
-    console.line(table(("", ""), _facts(found), [1]))
+    console.line(table(("training", ""), _facts(found), [0, 1]))
     if found.stopped:
         console.note("stopped; the same command goes on from here")
     console.note(f"metrics and checkpoints are in {output}")

@@ -30,8 +30,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
 class Caller:
     """Calls a module with batches.
 
-    A mapping gives keywords, of which the module gets those that its ``forward`` takes; a tuple or list gives
-    arguments; anything else is the one argument.
+    A mapping gives keywords, of which the module gets those that its ``forward`` takes (and token types only if it has
+    several: GPT-2 would add the embedding of the word 0); a tuple or list gives arguments, a tensor is the argument.
     """
 
     def __init__(self, module: nn.Module, device: torch.device, loss: OutputLoss | None = None) -> None:
@@ -40,6 +40,9 @@ class Caller:
         self.outputs: Any = None
         parameters = inspect.signature(module.forward).parameters.values()
         self._names = {one.name for one in parameters if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)}
+        facts = getattr(module, "config", None)
+        if facts is not None and (getattr(facts, "type_vocab_size", None) or 0) < 2:
+            self._names.discard("token_type_ids")
         self._any = not self._names and any(one.kind == one.VAR_KEYWORD for one in parameters)
 
     def outputs_of(self, module: nn.Module, batch: Any) -> Any:
@@ -50,7 +53,11 @@ class Caller:
             if "use_cache" in self._names:
                 known.setdefault("use_cache", False)  # keys and values of all layers would be kept, for nothing
             return module(**known)
-        return module(*batch) if isinstance(batch, tuple | list) else module(batch)
+        if isinstance(batch, tuple | list) and batch and not isinstance(batch[0], str):
+            return module(*batch)
+        if not isinstance(batch, Tensor):
+            raise EngineError(f"a batch is tensors, got {batch!r:.40}: engine.eval() comes before inference on texts")
+        return module(batch)
 
     def loss_of(self, module: nn.Module, batch: Any) -> Tensor:
         """The mean loss, a scalar; :attr:`outputs` are those that it is of, with their ``loss``."""

@@ -18,6 +18,7 @@ from engine.training.data.packed import causal_lm, masked_lm
 from engine.training.data.readers import Layout
 from engine.training.data.samples import Samples
 from engine.training.data.source import Source
+from engine.training.metrics import FIGURES
 
 #: The data's task by the model's, where it is not said.
 TASKS: Mapping[str, str] = {
@@ -28,7 +29,7 @@ TASKS: Mapping[str, str] = {
 }
 
 
-def data_task(data: Data, task: str, outputs: int) -> str:
+def data_task(data: Data, task: str, outputs: int | None) -> str:
     """What is learnt of the data: as said, or what a model of ``task`` with ``outputs`` outputs learns."""
     if data.task != "auto":
         return data.task
@@ -37,18 +38,31 @@ def data_task(data: Data, task: str, outputs: int) -> str:
     return "regression" if task == "sequence_classification" and outputs == 1 else TASKS[task]
 
 
+def assert_fits(data: Data, task: str, outputs: int | None, limit: int) -> None:
+    """Raises :class:`EngineError` where the section "data" asks for what the model is too small for, or for a figure
+    that ``task`` has not. ``outputs``: of the model for a text, None where it does not say. ``limit``: its positions.
+    """
+    if data.metric is not None and data.metric not in FIGURES[task]:
+        raise EngineError(f"$.data.metric: {task} has no {data.metric!r}: there are {', '.join(FIGURES[task])}")
+    if data.length > limit:
+        raise EngineError(f"$.data.length: {data.length} tokens, but the model's positions end at {limit}: lower it")
+    if task == "regression" and outputs not in (1, None):
+        raise EngineError(f"$.data.task: a regression needs a model with 1 output, this one has {outputs}")
+    if task == "classification":
+        _classes(data, outputs)
+
+
 def samples_of(
-    data: Data, part: Literal["train", "eval"], tokenizer: Any, task: str, classes: int | Sequence[str], limit: int
+    data: Data, part: Literal["train", "eval"], tokenizer: Any, task: str, outputs: int | None, limit: int
 ) -> Samples:
-    """The samples of ``data.train`` or ``data.eval``, tokenized. ``limit``: the model's positions.
+    """The samples of ``data.train`` or ``data.eval``, tokenized. ``outputs`` and ``limit``: see :func:`assert_fits`.
 
     Raises :class:`EngineError` with file and line for whatever is wrong in the files.
     """
+    assert_fits(data, task, outputs, limit)
     files = getattr(data, part)
     if files is None:
         raise EngineError(f"$.data.{part}: missing: name the files")
-    if data.length > limit:
-        raise EngineError(f"$.data.length: {data.length} tokens, but the model's positions end at {limit}: lower it")
     columns = data.columns.model_dump(exclude_none=True)
     layout = Layout(documents=data.documents, quoted=data.quoted or None)
     source = Source(list(files) if isinstance(files, tuple) else files, columns, data.format, layout)
@@ -57,10 +71,21 @@ def samples_of(
     if task == "causal_lm":
         return causal_lm(source, tokenizer, data.length, separator=data.separator)
     if task == "classification":
-        return classification(source, tokenizer, data.length, classes)
+        return classification(source, tokenizer, data.length, _classes(data, outputs))
     if task == "regression":
         return regression(source, tokenizer, data.length)
     return question_answering(source, tokenizer, data.length, stride=data.stride, max_question=data.max_question)
+
+
+def _classes(data: Data, outputs: int | None) -> int | Sequence[str]:
+    """How many there are, or their names. More than the model has outputs would end in an index out of range."""
+    found = data.labels or outputs
+    if found is None:
+        raise EngineError("$.data.labels: missing: the model does not say how many classes it tells apart")
+    count = found if isinstance(found, int) else len(found)
+    if outputs is not None and count > outputs:
+        raise EngineError(f"$.data.labels: {count} classes, but the model has {outputs} outputs: give as many, or less")
+    return found
 
 
 class Rows:

@@ -6,7 +6,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +16,17 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.errors import EngineError
-from engine.training.data.batches import Batches
+from engine.training.data.batches import Batch, Batches
 from engine.training.data.samples import Samples
-from engine.training.loop import StepReport
+from engine.training.failures import failing_together
+from engine.training.loop import NoNumber, StepReport
 from engine.training.metrics_log import MetricsLog
 from engine.training.trainer import Trainer
 
 log = logging.getLogger("slipstream.training")
+
+#: How many samples a message names.
+NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ def fit(trainer: Trainer, train: Samples, evaluated: Samples | None) -> Summary:
 
     Raises :class:`EngineError`: where the loss is no number it names the last good checkpoint.
     """
-    return _Run(trainer, train, evaluated).run()
+    with failing_together():
+        return _Run(trainer, train, evaluated).run()
 
 
 class _Run:
@@ -59,9 +64,8 @@ class _Run:
         self.trainer, self.settings, self.evaluated = trainer, trainer.settings, evaluated
         sizes, team = trainer.sizes, trainer.ranks
         self.batches = Batches(train, sizes.micro, self.settings.seed, team.rank, team.size, threads=1)
-        trainer.length = self._length(len(train))
+        self.total = trainer.plan.length = self._length(len(train))
         self.checkpoints = trainer.checkpoints()
-        self.stop = False
         self.saved: Path | None = None
         self.saved_at = self.evaluated_at = -1
         self.figures: Mapping[str, float] = {}
@@ -76,7 +80,7 @@ class _Run:
 
     def run(self) -> Summary:
         trainer, loop = self.trainer, self.trainer.loop
-        progress, total = loop.progress, trainer.length or 0
+        progress, total = loop.progress, self.total
         self._resume()
         begun, start, report = progress.step, time.perf_counter(), None
         tensorboard = trainer.output / "tensorboard" if self.settings.tensorboard else None
@@ -89,7 +93,7 @@ class _Run:
                 while progress.step < total and not self._stopped():
                     report = self._step(bar, metrics)
                     self._every(report, metrics)
-            if not self.stop:
+            if not self._stopped():
                 self._evaluate(metrics)
             self._save()
         finally:
@@ -109,17 +113,17 @@ class _Run:
 
     def _step(self, bar: Any, metrics: MetricsLog | None) -> StepReport:
         start, sizes = time.perf_counter(), self.trainer.sizes
-        parts = [next(self.batches).inputs for _ in range(sizes.accumulation)]
+        batches = [next(self.batches) for _ in range(sizes.accumulation)]
         try:
-            report = self.trainer.loop.train_batch(parts)
-        except EngineError as error:
-            raise EngineError(f"{error}{self._last_good()}") from error
+            report = self.trainer.loop.train_batch([batch.inputs for batch in batches])
+        except NoNumber as error:
+            raise EngineError(f"{error}{self._samples_of(error, batches)}{self._last_good()}") from error
         if report.skipped:
             return report
         rate = sizes.train / (time.perf_counter() - start)
         line = {"loss": report.loss, "lr": report.learning_rates[0], "samples_per_second": rate}
         line |= {"epoch": self.batches.epoch} | ({} if report.grad_norm is None else {"grad_norm": report.grad_norm})
-        if metrics is not None:
+        if metrics is not None and report.step % self.settings.log_every == 0:
             metrics.write(report.step, {**line, **report.metrics})
         layers = report.metrics.get("layer_drop/layers")
         if layers is not None:
@@ -155,20 +159,29 @@ class _Run:
         if self.saved_at != step:
             self.saved, self.saved_at = self.checkpoints.save(step, self.trainer.objects(self.batches)), step
 
+    def _samples_of(self, error: NoNumber, batches: Sequence[Batch]) -> str:
+        """Which samples the losses that are no numbers are of, in whatever process; all are here at once."""
+        own = [int(index) for at in error.micro_batches for index in batches[at].indices]
+        found = [index for part in self.trainer.ranks.every(lambda: own) for index in part]
+        if not found:
+            return ""
+        shown = ", ".join(map(str, found[:NAMED])) + (" ..." if len(found) > NAMED else "")
+        return f"; the batch is samples {shown} of the data, counted from 0"
+
     def _last_good(self) -> str:
         steps = self.checkpoints.steps()
         where = self.checkpoints.directory
         return f"; the last good checkpoint is of step {steps[-1]}, in {where}" if steps else "; there is no checkpoint"
 
     def _stopped(self) -> bool:
-        """Whether any process was asked to stop: all stop at the same step."""
-        if not self.trainer.ranks.alone:
-            self.stop = any(self.trainer.ranks.every(lambda: self.stop))
-        return self.stop
+        """Whether any process was asked to stop: all stop behind the same step."""
+        means = self.trainer.means
+        return means.stop or (self.trainer.ranks.alone and means.asked)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
         """SIGINT and SIGTERM end the run behind the step, with a checkpoint; a second one at once."""
+        self.trainer.means.asked = self.trainer.means.stop = False  # an earlier run may have been stopped
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -177,7 +190,7 @@ class _Run:
         def asked(number: int, frame: FrameType | None) -> None:
             name = signal.Signals(number).name
             log.warning("%s: stopping behind this step, with a checkpoint; again stops at once", name)
-            self.stop = True
+            self.trainer.means.asked = True
             for each, handler in before.items():
                 signal.signal(each, handler)
 
@@ -202,5 +215,5 @@ class _Run:
             layers=layers / count if count else None,
             expected=expected / count if count else None,
             checkpoint=self.saved,
-            stopped=self.stop,
+            stopped=self._stopped(),
         )

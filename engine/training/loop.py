@@ -47,6 +47,17 @@ class StepReport:
         return self.loss
 
 
+class NoNumber(EngineError):
+    """A loss or the gradients' norm is infinite or NaN; the weights are as they were before the step.
+
+    micro_batches: those of this process whose own loss is no number.
+    """
+
+    def __init__(self, message: str, micro_batches: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.micro_batches = tuple(micro_batches)
+
+
 class Loop:
     """Trains ``model`` with ``optimizer``; every feature's hooks are called in the order of ``features``.
 
@@ -165,8 +176,8 @@ class Loop:
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _read(self, norm: Tensor | None) -> tuple[float, float | None]:
-        """The step's mean loss and the norm, on the host. Raises :class:`EngineError` if one of them is no number and
-        the loss scale is not to blame."""
+        """The step's mean loss and the norm, on the host. Raises :class:`NoNumber` if one of them is none and the loss
+        scale is not to blame."""
         losses_of_all = self._reduce(torch.stack(self._losses).double())
         values = torch.cat([losses_of_all, *([] if norm is None else [norm.double().reshape(1)])]).tolist()
         losses = values[: len(self._losses)]
@@ -174,14 +185,16 @@ class Loop:
         wrong = next((i for i, value in enumerate(losses) if not math.isfinite(value)), None)
         step = self.progress.step + 1
         if wrong is not None:
+            own = [i for i, value in enumerate(torch.stack(self._losses).tolist()) if not math.isfinite(value)]
             self._losses = []
-            raise EngineError(
+            raise NoNumber(
                 f"step {step}: the loss of micro-batch {wrong} is {losses[wrong]}. The weights are as before the step: "
-                "look at that batch, lower the learning rate, or clip gradients (clip_norm)"
+                "look at that batch, lower the learning rate, or clip gradients (clip_norm)",
+                own,
             )
         if found is not None and not math.isfinite(found) and self.precision.mode != "fp16":
             self._losses = []
-            raise EngineError(
+            raise NoNumber(
                 f"step {step}: the norm of the gradients is {found}. The weights are as before the step: lower the "
                 "learning rate, or look at the batch"
             )

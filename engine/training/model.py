@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from config_schema import Config
-from engine.checkpoint.directory import model_directory
+from engine.checkpoint.directory import deepspeed_weights, model_directory
 from engine.errors import CheckpointError, EngineError
 from engine.verify import AUTO_CLASSES
 from ops.spec import Task
+from ops.weights import WeightSource
 
 log = logging.getLogger("slipstream.training")
 
@@ -36,6 +37,10 @@ MODEL_TASKS: Mapping[str, Task] = {
     "regression": "sequence_classification",
     "question_answering": "question_answering",
 }
+#: Models whose positions count from behind the padding token's id, so that a text has so many less.
+PADDED = frozenset(
+    ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "xmod", "data2vec-text")
+)
 
 
 def model_task(config: Config, architectures: Sequence[str] | None, where: str) -> Task:
@@ -52,11 +57,11 @@ def model_task(config: Config, architectures: Sequence[str] | None, where: str) 
     raise EngineError(f"$.model.task: {where} names {named}, which says nothing of a task: set model.task")
 
 
-def load_model(config: Config, tokenizer: Any) -> nn.Module:
+def load_model(config: Config, tokenizer: Any, *, blank: bool = False) -> nn.Module:
     """The Hugging Face model of ``config.model`` in fp32, on the CPU: its weights, or new ones.
 
-    ``tokenizer`` gives the padding token where the model needs one and has none (GPT-2's classifier). Raises
-    :class:`CheckpointError` or :class:`EngineError` in one line.
+    ``tokenizer`` gives the padding token where the model needs one and has none (GPT-2's classifier); ``blank`` gives
+    shapes alone (the meta device). Raises :class:`CheckpointError` or :class:`EngineError` in one line.
     """
     import transformers
 
@@ -69,14 +74,39 @@ def load_model(config: Config, tokenizer: Any) -> nn.Module:
     if getattr(facts, "pad_token_id", None) is None and task == "sequence_classification" and tokenizer is not None:
         facts.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     kind = getattr(transformers, AUTO_CLASSES[task])
+    if blank:
+        with torch.device("meta"):
+            return cast(nn.Module, _of_transformers(directory, lambda: kind.from_config(facts)))
     if config.model.weights == "random":
         model = _of_transformers(directory, lambda: kind.from_config(facts, trust_remote_code=False))
     else:
-        model = _of_transformers(
-            directory, lambda: kind.from_pretrained(str(directory), config=facts, trust_remote_code=False)
-        )
+        foreign = deepspeed_weights(directory)
+        model = _of_transformers(directory, lambda: _pretrained(kind, directory, facts, foreign))
     found: nn.Module = model.to(torch.float32)
     return found
+
+
+def _pretrained(kind: Any, directory: Path, facts: Any, foreign: WeightSource | None) -> Any:
+    """What ``from_pretrained`` makes of the directory, or of ``foreign`` weights there that it cannot read."""
+    if foreign is None:
+        return kind.from_pretrained(str(directory), config=facts, trust_remote_code=False)
+    with torch.device("meta"):
+        named = type(kind.from_config(facts, trust_remote_code=False))  # an Auto class takes no weights without a path
+    return named.from_pretrained(None, config=facts, state_dict={name: foreign.read(name) for name in foreign.names()})
+
+
+def outputs_of(model: nn.Module) -> int | None:
+    """Outputs of a Hugging Face model for a text, or None where a model does not say."""
+    found: int | None = getattr(getattr(model, "config", None), "num_labels", None)
+    return found
+
+
+def positions(facts: Any) -> int:
+    """Tokens of the longest text that a model of Hugging Face's config ``facts`` reads; of another, any number."""
+    found = getattr(facts, "max_position_embeddings", None) or getattr(facts, "n_positions", None)
+    if not isinstance(found, int) or found < 1:
+        return 2**31 - 1
+    return found - facts.pad_token_id - 1 if facts.model_type in PADDED else found
 
 
 def _set_head(config: Config, facts: Any, task: Task) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import ClassVar, Literal
 
 import torch
@@ -36,12 +36,25 @@ def join(device: torch.device) -> torch.device:
     return device
 
 
-def mean_over_ranks(values: Tensor) -> Tensor:
-    """The mean of ``values`` over all processes; NaN where one has NaN."""
-    if dist.is_available() and dist.is_initialized():
+class Means:
+    """The mean of a step's losses over all processes; NaN where one has NaN. A wish to stop travels with them, so that
+    all processes stop behind the same step.
+
+    asked: whether this process is to stop. stop: whether any is, as of the last exchange.
+    """
+
+    def __init__(self) -> None:
+        self.asked = self.stop = False
+
+    def __call__(self, losses: Tensor) -> Tensor:
+        """``losses``: [N] float64; as many from each process."""
+        if not dist.is_available() or not dist.is_initialized():
+            self.stop = self.asked
+            return losses
+        values = torch.cat([losses, losses.new_tensor([float(self.asked)])])
         dist.all_reduce(values)
-        values = values / dist.get_world_size()
-    return values
+        self.stop = bool(values[-1] > 0)
+        return values[:-1] / dist.get_world_size()
 
 
 class Replicas(Feature):
@@ -88,11 +101,17 @@ class Overlapped(Feature):
         if isinstance(self.wrapped, FSDPModule):
             self.wrapped.set_requires_gradient_sync(last)
             yield
-        elif last:
-            yield
-        else:
-            with self.wrapped.no_sync():  # type: ignore[operator]
+            return
+        try:
+            with nullcontext() if last else self.wrapped.no_sync():  # type: ignore[operator]
                 yield
+        except RuntimeError as error:
+            if "finished reduction" not in str(error):
+                raise
+            raise EngineError(
+                "the loss does not depend on some of the model's parameters, for whose gradients the processes would "
+                'wait: requires_grad_(False) them, or set $.training.data_parallel to "shard"'
+            ) from error
 
 
 def spread(

@@ -105,12 +105,26 @@ BROKEN: dict[str, tuple[dict[str, object], list[str]]] = {
         ["$.progressive_layer_drop.total_steps: contradicts gamma, which says how fast theta falls: give one"],
     ),
     "a warm-up that does not end": (
-        with_model(training={"micro_batch_size": 1}, schedule={"warmup_steps": 9, "total_steps": 8}),
+        with_model(training={"micro_batch_size": 1}, schedule={"type": "cosine", "warmup_steps": 9, "total_steps": 8}),
         ["$.schedule.warmup_steps: 9 is more than $.schedule.total_steps, which is 8"],
     ),
     "a warm-up longer than the training": (
         with_model(training={"micro_batch_size": 1, "max_steps": 8}, schedule={"type": "linear", "warmup_steps": 9}),
         ["$.schedule.warmup_steps: 9 is more than $.training.max_steps, which is 8"],
+    ),
+    "the end of what does not end": (
+        with_model(training={"micro_batch_size": 1}, schedule={"total_steps": 8}),
+        [
+            '$.schedule.total_steps: has no effect with $.schedule.type "constant", which does not end: '
+            "choose another, or remove this"
+        ],
+    ),
+    "bounds of the trust ratio that cross": (
+        with_model(training={"micro_batch_size": 1}, optimizer={"type": "LAMB", "max_coeff": 0.005}),
+        [
+            "$.optimizer.min_coeff: 0.01 is more than $.optimizer.max_coeff, which is 0.005: "
+            "lower this, or set it to null"
+        ],
     ),
     "data of another task": (
         {
@@ -119,7 +133,8 @@ BROKEN: dict[str, tuple[dict[str, object], list[str]]] = {
             "data": {"task": "regression"},
         },
         [
-            '$.data.task: "regression" needs $.model.task to be "sequence_classification" or "auto", which is "causal_lm"'
+            '$.data.task: "regression" needs $.model.task to be "sequence_classification" or "auto", '
+            'which is "causal_lm"'
         ],
     ),
     "evaluations of nothing": (
@@ -153,6 +168,9 @@ FINE: dict[str, dict[str, object]] = {
     "evaluation on what fit() is given": with_model(training={"micro_batch_size": 2, "evaluate_every": 5}),
     "a warm-up alone": with_model(
         training={"micro_batch_size": 2, "max_steps": 8}, schedule={"type": "constant", "warmup_steps": 9}
+    ),
+    "a trust ratio without a bound": with_model(
+        training={"micro_batch_size": 2}, optimizer={"type": "LAMB", "max_coeff": 0.005, "min_coeff": None}
     ),
     "output elsewhere": with_model(job={"type": "encode", "texts_file": "a.txt", "output": "b.jsonl"}),
 }

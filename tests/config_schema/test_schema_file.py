@@ -57,13 +57,12 @@ def job_strategies() -> st.SearchStrategy[Any]:
         ("answer", [{"questions": st.lists(section({"question": TEXTS, "context": TEXTS}, {}), min_size=1)}], {}),
         ("fill_mask", texts_or_file(TEXTS), {"top_k": COUNTS}),
     ]
-    return st.one_of(
-        [
-            section({"type": st.just(kind), **source}, {**output, **options})
-            for kind, sources, options in kinds
-            for source in sources
-        ]
-    )
+    jobs = [
+        section({"type": st.just(kind), **source}, {**output, **options})
+        for kind, sources, options in kinds
+        for source in sources
+    ]
+    return st.one_of([*jobs, st.just({"type": "train"})])
 
 
 def or_null(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
@@ -71,6 +70,80 @@ def or_null(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 
 AUTO_COUNTS = COUNTS | st.just("auto")
+NAMES = st.text(min_size=1, max_size=3)
+SEEDS = st.integers(0, 2**63 - 1)
+NOT_NEGATIVE = st.just(0) | st.floats(0, allow_infinity=False)
+POSITIVE = st.integers(1, 9) | st.floats(0, exclude_min=True, allow_infinity=False)
+SHARES = st.just(1) | st.floats(0, 1, exclude_min=True)
+FILES = or_null(PATHS | st.lists(PATHS, min_size=1, max_size=2))
+
+
+def training_strategies() -> dict[str, st.SearchStrategy[Any]]:
+    """The sections of training, by name."""
+    moments = {
+        "lr": POSITIVE,
+        "betas": st.lists(st.just(0) | st.floats(0, 1, exclude_max=True), min_size=2, max_size=2),
+        "eps": POSITIVE,
+        "weight_decay": NOT_NEGATIVE,
+        "decay_all": st.booleans(),
+    }
+    lamb = {"bias_correction": st.booleans(), "max_coeff": or_null(POSITIVE), "min_coeff": or_null(NOT_NEGATIVE)}
+    counts = ("train_batch_size", "micro_batch_size", "accumulation_steps", "max_steps", "checkpoint_every")
+    columns = ("text", "text_pair", "label", "question", "context", "answers", "id")
+    return {
+        "training": section(
+            {},
+            {
+                **{name: or_null(COUNTS) for name in (*counts, "evaluate_every")},
+                **{name: or_null(POSITIVE) for name in ("epochs", "clip_norm")},
+                **dict.fromkeys(("keep_checkpoints", "log_every"), COUNTS),
+                **{name: st.booleans() for name in ("activation_checkpointing", "compile", "resume", "tensorboard")},
+                "seed": SEEDS,
+                "data_parallel": st.sampled_from(["auto", "replicate", "shard"]),
+                "loss_scale": or_null(section({}, {"initial": POSITIVE, "growth_interval": COUNTS})),
+                "output": or_null(PATHS),
+            },
+        ),
+        "optimizer": section({"type": st.just("AdamW")}, moments)
+        | section({"type": st.just("LAMB")}, {**moments, **lamb}),
+        "schedule": section(
+            {},
+            {
+                "type": st.sampled_from(["constant", "linear", "cosine", "one_cycle"]),
+                "warmup_steps": st.integers(0, 2**31 - 1),
+                "total_steps": AUTO_COUNTS,
+            },
+        ),
+        "progressive_layer_drop": section(
+            {},
+            {
+                "enabled": st.booleans(),
+                "theta": SHARES,
+                "gamma": or_null(POSITIVE),
+                "total_steps": AUTO_COUNTS,
+                "paths": or_null(NAMES | st.lists(NAMES, min_size=1, max_size=2)),
+                "seed": SEEDS,
+            },
+        ),
+        "data": section(
+            {},
+            {
+                "task": st.sampled_from(["auto", "masked_lm", "regression", "question_answering"]),
+                "train": FILES,
+                "eval": FILES,
+                "format": or_null(st.sampled_from(["text", "jsonl", "csv", "tsv", "parquet"])),
+                "columns": section({}, {name: or_null(NAMES) for name in columns}),
+                "documents": st.sampled_from(["blank_line", "line"]),
+                "quoted": st.booleans(),
+                "labels": or_null(st.integers(2, 2**31 - 1) | st.lists(NAMES, min_size=2, max_size=3)),
+                "mask_probability": SHARES,
+                **dict.fromkeys(("length", "stride", "max_question"), COUNTS),
+                **{name: or_null(NAMES) for name in ("separator", "metric")},
+            },
+        ),
+    }
+
+
 VALID = section(
     {
         "model": section(
@@ -79,6 +152,7 @@ VALID = section(
                 "revision": or_null(st.text(min_size=1, max_size=3)),
                 "gguf_file": or_null(st.sampled_from(["m.gguf", "...", "\n", "ü"])),
                 "task": st.sampled_from(["auto", "causal_lm", "embedding", "masked_lm", "token_classification"]),
+                "weights": st.sampled_from(["pretrained", "random"]),
             },
         )
     },
@@ -121,6 +195,7 @@ VALID = section(
                 "truncate": st.booleans(),
             },
         ),
+        **{name: or_null(strategy) for name, strategy in training_strategies().items()},
         "job": or_null(job_strategies()),
     },
 )
@@ -235,14 +310,33 @@ FULL_JOBS: list[dict[str, Any]] = [
     {"type": "encode", "texts_file": "a", "similarity": True},
     {"type": "fill_mask", "texts": ["a"], "top_k": 5},
     {"type": "classify_tokens", "texts": ["a"], "output": None},
+    {"type": "train"},
 ]
 
+TRAINED: dict[str, Any] = {
+    "training": {"loss_scale": {"initial": 2.0}, "micro_batch_size": 1},
+    "optimizer": {"type": "LAMB"},
+    "schedule": {"type": "linear"},
+    "progressive_layer_drop": {"gamma": 0.1},
+    "data": {"train": ["a"], "labels": ["a", "b"]},
+}
 
-@pytest.mark.parametrize("job", FULL_JOBS, ids=lambda job: str(job["type"]))
-def test_both_give_the_same_verdict_with_every_edge_in_every_place(job: dict[str, Any]) -> None:
-    """The other sections are whole beside the first job only: they do not depend on it."""
-    sections = load_config({"model": {"path": "m"}}).to_dict() if job is FULL_JOBS[0] else {"model": {"path": "m"}}
-    full = sections | {"job": job}
+
+def full_documents() -> list[Any]:
+    """Each job, and each section of training, in a document of its own; all the others are whole beside one job."""
+    model: dict[str, Any] = {"model": {"path": "m"}}
+    whole = load_config(model | TRAINED | {"precision": "fp16"}).to_dict()
+    inferring = load_config(model).to_dict()
+    jobs = [(inferring if job is FULL_JOBS[0] else model) | {"job": job} for job in FULL_JOBS]
+    sections = [model | {name: whole[name]} for name in TRAINED]
+    return [
+        pytest.param(document, id=str(list(document)[-1]) + f"{number}")
+        for number, document in enumerate([*jobs, *sections])
+    ]
+
+
+@pytest.mark.parametrize("full", full_documents())
+def test_both_give_the_same_verdict_with_every_edge_in_every_place(full: dict[str, Any]) -> None:
     verdicts = set()
     for index in range(len(slots_of(full))):
         for edge in [*EDGES, DELETED]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -20,6 +21,9 @@ from engine.errors import EngineError
 from tests.conftest import ROOT
 from tests.engine.tiny_text import bpe_tokenizer
 from tests.engine.training.trained import Stack, bert, config, masked, write_labelled
+
+#: Steps of a run: so many that one can be stopped in the midst of it.
+TOTAL = 60
 
 
 @pytest.fixture
@@ -50,7 +54,7 @@ def write(home: Path, **sections: Any) -> Path:
         "device": "cpu",
         "precision": "fp32",
         "training": {
-            "train_batch_size": 8, "micro_batch_size": 4, "max_steps": 12, "output": "run", "checkpoint_every": 2,
+            "train_batch_size": 8, "micro_batch_size": 4, "max_steps": TOTAL, "output": "run", "checkpoint_every": 2,
             "clip_norm": 1.0, "seed": 3,
         },
         "optimizer": {"type": "AdamW", "lr": 0.01},
@@ -74,6 +78,11 @@ def command(home: Path, *arguments: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+def masked_row(seed: int) -> dict[str, Any]:
+    """One sample for the tiny BERT."""
+    return {name: value[0] for name, value in masked(1, seed).items()}
+
+
 def lines(home: Path, output: str = "run") -> list[dict[str, Any]]:
     """The metrics of the training steps, without what depends on the clock."""
     text = (home / output / "metrics.jsonl").read_text(encoding="utf-8")
@@ -82,13 +91,13 @@ def lines(home: Path, output: str = "run") -> list[dict[str, Any]]:
 
 
 def test_a_run_killed_and_resumed_is_the_run_that_was_not(home: Path) -> None:
-    """kill -9 twice, SIGTERM once, each resumed: every loss, norm and figure is that of one run in one go."""
+    """kill -9, then SIGTERM, each resumed: every loss, norm and figure is that of one run in one go."""
     whole = command(home, "--set", "training.output=whole")
     out, err = whole.communicate(timeout=200)
     assert whole.returncode == 0, err
     assert "eval accuracy" in out
     assert "layers run, mean" in out
-    for number, at in ((signal.SIGKILL, 3), (signal.SIGKILL, 6), (signal.SIGTERM, 9)):
+    for number, at in ((signal.SIGKILL, 3), (signal.SIGTERM, 8)):
         run = command(home)
         metrics = home / "run" / "metrics.jsonl"
         end = time.monotonic() + 100
@@ -98,15 +107,18 @@ def test_a_run_killed_and_resumed_is_the_run_that_was_not(home: Path) -> None:
             time.sleep(0.01)
         run.send_signal(number)
         out, err = run.communicate(timeout=100)
-        if run.poll() != 0:
+        if number == signal.SIGKILL:
             assert run.returncode == -signal.SIGKILL
-        elif number == signal.SIGTERM:
-            assert "SIGTERM: stopping behind this step" in err or "(0 of them" in out or "steps" in out
+        else:
+            assert run.returncode == 0, err
+            assert "SIGTERM: stopping behind this step, with a checkpoint" in err
+            assert "stopped; the same command goes on from here" in err
     last = command(home)
     out, err = last.communicate(timeout=200)
     assert last.returncode == 0, err
+    assert " of them earlier)" in out
     assert lines(home) == lines(home, "whole")
-    assert [line["step"] for line in lines(home)] == list(range(1, 13))
+    assert [line["step"] for line in lines(home)] == list(range(1, TOTAL + 1))
 
 
 def test_learns_and_is_served(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,44 +140,22 @@ def test_learns_and_is_served(home: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_fits_rows_of_ones_own(tmp_path: Path) -> None:
-    rows = [{name: value[0] for name, value in masked(1, seed).items()} for seed in range(16)]
-    training = {"output": str(tmp_path / "run"), "max_steps": None, "epochs": 3.0}
+    rows = [masked_row(seed) for seed in range(16)]
+    output = tmp_path / "run"
+    training = {"output": str(output), "max_steps": None, "epochs": 3.0, "log_every": 4, "evaluate_every": 6}
     engine = Engine(config(training=training), model=bert())
-    summary = engine.fit(rows, rows[:4])
+    summary = engine.fit(rows, rows[:5])
     assert summary.steps == 12
-    assert summary.figures["loss"] < 5
+    engine.model.eval()
+    with torch.no_grad():
+        losses = [float(engine.model(**{k: v[None] for k, v in row.items()}).loss) for row in rows[:4]]
+    assert engine.evaluate(rows[:4])["loss"] == pytest.approx(sum(losses) / 4, rel=0.05), "batches of two rows"
+    assert not engine.model.training, "evaluation leaves the mode as it is"
+    assert [line["step"] for line in lines(tmp_path)] == [4, 8, 12]
+    text = (output / "metrics.jsonl").read_text(encoding="utf-8")
+    assert [json.loads(line)["step"] for line in text.splitlines() if "eval/loss" in line] == [6, 12]
     again = Engine(config(training=training), model=bert())
     assert again.fit(rows).begun == 12, "there was nothing left to do"
-
-
-RANKS = Path(__file__).with_name("fit_ranks.py")
-
-
-@pytest.mark.parametrize("how", ["replicate", "shard"])
-@pytest.mark.parametrize("drop", [False, True], ids=["all layers", "layers dropped"])
-def test_two_processes_are_one(tmp_path: Path, how: str, drop: bool) -> None:
-    """The same global batch, with accumulation and clipping: the same losses and norms; checkpoints for any number."""
-    one = _ranks(tmp_path / "one", 1, how, drop)
-    two = _ranks(tmp_path / "two", 2, how, drop)
-    assert [line["step"] for line in one] == [line["step"] for line in two] == list(range(1, 9))
-    for name in ("loss", "grad_norm"):
-        assert [line[name] for line in two] == pytest.approx([line[name] for line in one], rel=2e-4)
-    if drop:
-        assert [line["layer_drop/layers"] for line in two] == [line["layer_drop/layers"] for line in one]
-
-
-def _ranks(home: Path, size: int, how: str, drop: bool) -> list[dict[str, Any]]:
-    """Steps 1 to 4 on ``size`` processes, 5 to 8 on one."""
-    home.mkdir()
-    for processes, steps in ((size, 4), (1, 8)):
-        base = [sys.executable]
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        kind = how if processes > 1 else "auto"
-        arguments = [*(launcher if processes > 1 else []), str(RANKS), str(home), str(steps), kind, str(int(drop))]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*base, *arguments], capture_output=True, text=True, timeout=200, env=environment)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return lines(home, ".")
 
 
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
@@ -179,6 +169,8 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "no stack there": ({"progressive_layer_drop": {"paths": "encoder.blocks"}}, 'no module "encoder.blocks"'),
     "theta of nothing": ({"progressive_layer_drop": {"theta": 0}}, "$.progressive_layer_drop.theta"),
     "no model": ({"model": {"path": "nowhere"}}, "nowhere"),
+    "a figure of another task": ({"data": {"metric": "pearson"}}, "$.data.metric: classification has no 'pearson'"),
+    "a checkpoint of another model": ({"training": {"output": "other"}}, "other/checkpoints/save-000001"),
 }  # fmt: skip
 
 
@@ -195,6 +187,9 @@ def test_bad_input_is_one_line(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (home / "empty.jsonl").write_text("", encoding="utf-8")
     (home / "odd.jsonl").write_text('{"text": "the moon", "label": 7}\n', encoding="utf-8")
+    if name == "a checkpoint of another model":
+        output = {"output": "other", "micro_batch_size": 2, "accumulation_steps": 2, "max_steps": 1}
+        Engine(config(training=output), model=bert()).fit([masked_row(seed) for seed in range(4)])
     write(home, **sections)
     assert main(["run", "train.json"]) != 0
     said = capsys.readouterr().err.strip().splitlines()
@@ -228,3 +223,71 @@ def test_a_loss_that_is_no_number_names_the_last_checkpoint(tmp_path: Path) -> N
     engine = Engine(config(training=training), model=Stack(), loss_function=loss)
     with pytest.raises(EngineError, match=r"step 6: .* micro-batch 0 is nan.*; the last good checkpoint is of step 4"):
         engine.fit(Ordered())
+
+
+def test_a_loss_that_is_no_number_names_its_samples(tmp_path: Path) -> None:
+    rows = [{"x": torch.full((6,), torch.nan if at == 5 else 1.0)} for at in range(8)]
+    training = {"output": str(tmp_path / "run"), "max_steps": 9}
+    engine = Engine(config(training=training), model=Stack(), loss_function=lambda outputs, batch: outputs.mean())
+    with pytest.raises(
+        EngineError, match=r"; the batch is samples (\d, 5|5, \d) of the data, counted from 0; there is no"
+    ):
+        engine.fit(rows)
+
+
+def test_a_full_disk_is_one_line(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The limit of a file's size stands for the disk's."""
+    from engine.cli import main
+
+    monkeypatch.chdir(home)
+    write(home, training={"max_steps": 2})
+    assert main(["run", "train.json"]) == 0
+    write(home, training={"max_steps": 4})
+    capsys.readouterr()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        code = main(["run", "train.json"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err.strip().splitlines()
+    assert code == 2
+    assert len(said) == 1, said
+    assert "the checkpoint of step 4 cannot be written: File too large" in said[0]
+    assert "the checkpoint of step 2 is still there" in said[0]
+
+
+def test_looks_before_it_begins(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--dry-run and explain read neither weights (there are none) nor texts, and write nothing."""
+    from engine.cli import main
+
+    monkeypatch.chdir(home)
+    write(home, progressive_layer_drop={"gamma": None}, data={"task": "auto"}, optimizer=None)
+    there = sorted(home.iterdir())
+    assert main(["run", "train.json", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "train.json: ready: train\nBertForSequenceClassification, " in out
+    assert "a step is 8 samples: 2 micro-batches of 4 in each of 1 processes" in out
+    assert "layers are dropped in bert.encoder.layer (3 BertLayer)" in out
+    assert main(["explain", "train.json"]) == 0
+    out = capsys.readouterr().out
+    document = json.loads(out[: out.index("\n}\n") + 2])
+    assert document["schedule"]["total_steps"] == document["progressive_layer_drop"]["total_steps"] == TOTAL
+    assert document["data"]["task"] == "classification"
+    assert document["optimizer"]["type"] == "AdamW"
+    assert '$.optimizer: "auto" is {"type": "AdamW"' in out
+    assert '$.training.data_parallel: "auto" is "replicate": there is one process' in out
+    assert sorted(home.iterdir()) == there
+    for sections, wanted in (
+        ({"data": {"train": "no.jsonl"}}, "no.jsonl"),
+        ({"data": {"length": 99}}, "$.data.length"),
+        ({"model": {"weights": "pretrained"}}, "model: "),
+        ({"progressive_layer_drop": {"paths": "encoder.blocks"}}, 'no module "encoder.blocks"'),
+    ):
+        write(home, **sections)
+        assert main(["run", "train.json", "--dry-run"]) == 2
+        assert wanted in capsys.readouterr().err

@@ -144,6 +144,23 @@ def test_activation_checkpointing_changes_no_number(own: bool, drop: bool) -> No
     assert run(True) == pytest.approx(run(False), abs=1e-6)
 
 
+@pytest.mark.parametrize("drop", [False, True], ids=["all layers", "layers dropped"])
+def test_compiling_changes_no_number(drop: bool) -> None:
+    def run(compiled: bool) -> list[float]:
+        sections: dict[str, Any] = {"training": {"compile": compiled}}
+        if drop:
+            sections["progressive_layer_drop"] = {"theta": 0.3, "gamma": 5.0}
+        engine = Engine(config(**sections), model=Stack(), loss_function=lambda outputs, batch: outputs.square().mean())
+        generator = torch.Generator().manual_seed(1)
+        found = [engine.train_batch({"x": torch.randn(4, 6, generator=generator)}).loss for _ in range(4)]
+        assert "blocks.0.norm.weight" in engine.model.state_dict()
+        return found
+
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert run(True) == pytest.approx(run(False), rel=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
+
+
 def test_layers_are_dropped_and_counted() -> None:
     engine = Engine(config(progressive_layer_drop={"theta": 0.2, "gamma": 9.0}), model=bert(layers=6))
     reports = [engine.train_batch(batch) for batch in BATCHES]
@@ -160,6 +177,19 @@ def test_low_precision_trains_fp32_weights() -> None:
     assert engine.model.dtype == torch.float32
     with pytest.raises(EngineError, match=r'\$\.precision: "bf16" trains weights that are kept in fp32'):
         Engine(config(precision="bf16"), model=bert().to(torch.bfloat16))
+
+
+def test_takes_the_next_micro_batches_of_an_iterator() -> None:
+    one, other = (Engine(config(), model=bert()) for _ in range(2))
+    torch.manual_seed(9)
+    wanted = one.train_batch(BATCHES[0]).loss
+    halves = [{name: value[rows] for name, value in BATCHES[0].items()} for rows in (slice(0, 2), slice(2, 4))]
+    left = iter([*halves, {}])
+    torch.manual_seed(9)
+    assert other.train_batch(left).loss == wanted
+    assert list(left) == [{}], "no more than a step's"
+    with pytest.raises(EngineError, match=r"a step is 2 micro-batches .* got 0"):
+        other.train_batch(iter([]))
 
 
 def test_lamb_is_an_optimizer() -> None:
@@ -229,6 +259,19 @@ def test_refuses_batches_that_are_no_step() -> None:
         engine.train_batch(masked(5, 0))
     with pytest.raises(EngineError, match=r"a step is 2 micro-batches of 2 rows in each process .* got 3"):
         engine.train_batch(masked(6, 0))
+
+
+def test_texts_are_no_batch_of_training() -> None:
+    engine = Engine(config(), model=bert())
+    for batch in ("a text", ["texts"], 5):
+        with pytest.raises(EngineError, match=r"a batch is tensors, got .*: engine\.eval\(\) comes before"):
+            engine(batch)
+
+
+def test_explains_a_model_of_ones_own() -> None:
+    engine = Engine(config(), model=Stack(), loss_function=lambda outputs, batch: outputs.mean())
+    assert "\n}\n\nStack, 169 parameters, on cpu in fp32\na step is 4 samples" in engine.explain()
+    assert '"train_batch_size": null' in engine.explain()
 
 
 def test_an_engine_that_only_infers_says_so() -> None:

@@ -1,0 +1,204 @@
+"""The connector of training: turns sections of a configuration into objects, resolves every ``"auto"``, says why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from config_schema import Config
+from config_schema.optimizer import AdamW
+from engine.build import Resolver, device_of, reasons, resolved
+from engine.errors import EngineError
+from engine.training.batch_size import resolve_batch_sizes
+from engine.training.block_stack import find_stack
+from engine.training.datasets import data_task
+from engine.training.feature import Feature
+from engine.training.layer_drop import LayerDrop
+from engine.training.loop import Loop, LossFunction
+from engine.training.model import model_task, outputs_of
+from engine.training.optimizer import build_optimizer
+from engine.training.parallel import join, spread
+from engine.training.precision import LossScale, Mode, Precision
+from engine.training.ranks import ranks
+from engine.training.schedules import build_schedule
+
+#: Bytes of a parameter in training: weight, gradient and AdamW's two moments, in fp32.
+BYTES = 16
+#: The share of a GPU's memory beyond which they are shared out; the rest is for activations.
+SHARE = 0.6
+
+
+class TrainingPlan:
+    """What the sections come to, on this device and among these processes, which it joins.
+
+    length: optimizer steps of the training; None until the data say how many an epoch has.
+    """
+
+    def __init__(self, config: Config) -> None:
+        assert config.training is not None, "the engine asks only then"
+        self.config, self.settings = config, config.training
+        self.resolver = Resolver()
+        self.device = join(device_of(config, self.resolver))
+        self.ranks = ranks()
+        self.mode = self._mode()
+        settings = self.settings
+        self.sizes = resolve_batch_sizes(
+            settings.train_batch_size, settings.micro_batch_size, settings.accumulation_steps, self.ranks.size
+        )
+        self.length: int | None = settings.max_steps
+        self._chosen: dict[str, Any] = {}
+
+    def _mode(self) -> Mode:
+        wanted = self.config.precision
+        if wanted != "auto":
+            return wanted
+        choose = self.resolver.choose
+        if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0):
+            return cast(Mode, choose("$.precision", "bf16", "products in bf16, weights in fp32"))
+        reason = "the most exact" if self.device.type == "cpu" else "this GPU has no bf16 arithmetic"
+        return cast(Mode, choose("$.precision", "fp32", reason))
+
+    def total_steps(self, path: str) -> int:
+        """The length of the training, which the ``"auto"`` at ``path`` follows."""
+        if self.length is None:
+            raise EngineError(f'{path}: "auto" is the end of the training: set $.training.max_steps, or call fit()')
+        return int(self._once(path, self.length, "the end of the training"))
+
+    def _once(self, path: str, value: Any, reason: str) -> Any:
+        """Notes a choice, however often it is asked for."""
+        if path not in self._chosen:
+            self._chosen[path] = self.resolver.choose(path, value, reason)
+        return self._chosen[path]
+
+    def data_task(self, model: nn.Module) -> str:
+        """What ``model`` learns of the data: as said, or what it is made for."""
+        data, config = self.config.data, self.config
+        assert data is not None, "asked where there are data"
+        name = type(model).__name__.removeprefix("FSDP" if isinstance(model, FSDPModule) else "")
+        task = model_task(config, [name], "the model")
+        if config.model.task == "auto":
+            reason = f"the data are for {data.task}" if data.task != "auto" else f"{name} says so"
+            self._once("$.model.task", task, reason)
+        found = data_task(data, task, outputs_of(model))
+        if data.task == "auto":
+            self._once("$.data.task", found, f"what a {name} learns")
+        return found
+
+    # ---- parts ----
+
+    def data_parallel(self, model: nn.Module) -> Literal["replicate", "shard"]:
+        """A copy of the model in each process, or a part of each weight."""
+        wanted = self.settings.data_parallel
+        if wanted == "shard" and self.ranks.alone:
+            raise EngineError('$.training.data_parallel: "shard" needs several processes: start them with torchrun')
+        if wanted != "auto":
+            return wanted
+        path, reason = "$.training.data_parallel", "there is one process"
+        if not self.ranks.alone:
+            need = BYTES * sum(parameter.numel() for parameter in model.parameters())
+            have = torch.cuda.mem_get_info(self.device)[1] if self.device.type == "cuda" else None
+            reason = f"weights, gradients and moments take {need / 1e9:.3g} GB a process"
+            if have is not None and need > SHARE * have:
+                reason += f", of the {have / 1e9:.3g} GB that the GPU has"
+                return cast(Literal["shard"], self._once(path, "shard", reason))
+        return cast(Literal["replicate"], self._once(path, "replicate", reason))
+
+    @cached_property
+    def precision(self) -> Precision:
+        """What products are computed in, and the loss scale."""
+        scale = self.settings.loss_scale
+        chosen = None if scale is None else LossScale(scale.initial, scale.growth_interval)
+        return Precision(self.mode, self.device.type, chosen)
+
+    @cached_property
+    def optimizer(self) -> Any:
+        """The section "optimizer"."""
+        if self.config.optimizer is not None:
+            return self.config.optimizer
+        chosen = AdamW(type="AdamW")
+        reason = "the usual one; its learning rate is a guess: set it"
+        self.resolver.choose("$.optimizer", chosen.model_dump(mode="json"), reason)
+        return chosen
+
+    def _schedule(self, optimizer: Optimizer) -> LRScheduler | None:
+        chosen = self.config.schedule
+        if chosen is None:
+            return None
+        total = None if chosen.total_steps == "auto" else chosen.total_steps
+        if total is None and chosen.type != "constant":
+            total = self.total_steps("$.schedule.total_steps")
+        return build_schedule(chosen.type, optimizer, chosen.warmup_steps, total)
+
+    @cached_property
+    def layer_drop(self) -> LayerDrop | None:
+        """The feature, if it is on."""
+        chosen = self.config.progressive_layer_drop
+        if chosen is None or not chosen.enabled:
+            return None
+        total = None if chosen.total_steps == "auto" else chosen.total_steps
+        if chosen.gamma is None and total is None:
+            total = self.total_steps("$.progressive_layer_drop.total_steps")
+        return LayerDrop(chosen.theta, chosen.gamma, total, chosen.paths, chosen.seed)
+
+    def loop(
+        self,
+        model: nn.Module,
+        loss: LossFunction,
+        reduce: Callable[[Tensor], Tensor],
+        updated: Callable[..., None],
+    ) -> Loop:
+        """The loop that trains ``model``: ``loss`` is given what to call for a forward pass, ``reduce`` averages losses
+        over the processes, ``updated`` is called behind each change of the weights."""
+        settings, drop = self.settings, self.layer_drop
+        module, exchange = spread(model, self.data_parallel(model), drop is not None, self.device)
+        options = self.optimizer.model_dump(exclude={"type", "decay_all"})
+        optimizer = build_optimizer(model, self.optimizer.type, options, decay_all=self.optimizer.decay_all)
+        optimizer.register_step_post_hook(updated)
+        called = cast(nn.Module, torch.compile(module)) if settings.compile else module
+        features: tuple[Feature, ...] = (*(() if drop is None else (drop,)), *exchange)
+        return Loop(
+            model,
+            optimizer,
+            lambda _, batch: loss(called, batch),
+            features,
+            schedule=self._schedule(optimizer),
+            precision=self.precision,
+            clip_norm=settings.clip_norm,
+            accumulation=self.sizes.accumulation,
+            reduce=reduce,
+        )
+
+    # ---- telling ----
+
+    def describe(self, model: nn.Module) -> str:
+        """The run in one line a fact. Raises where layers are to be dropped and there are none."""
+        sizes, drop = self.sizes, self.config.progressive_layer_drop
+        name = type(model).__name__.removeprefix("FSDP" if isinstance(model, FSDPModule) else "")
+        lines = [
+            f"{name}, {sum(p.numel() for p in model.parameters()):,} parameters, on {self.device} in {self.mode}",
+            f"a step is {sizes.train} samples: {sizes.accumulation} micro-batches of {sizes.micro} in each of "
+            f"{sizes.world} processes",
+        ]
+        if drop is not None and drop.enabled:
+            lines.append(f"layers are dropped in {find_stack(model, drop.paths)}")
+        return "\n".join(lines)
+
+    def explain(self, model: nn.Module) -> str:
+        """The configuration as JSON with every ``"auto"`` that can be resolved, what is trained, and the reasons."""
+        self.data_parallel(model)
+        if self.config.data is not None:
+            self.data_task(model)
+        if self.optimizer is not None and self.length is not None:
+            self._schedule(torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
+            self.layer_drop  # noqa: B018 - notes what its length is
+        document = json.dumps(resolved(self.config, self.resolver.choices), indent=2, ensure_ascii=False)
+        said = reasons(self.resolver.choices)
+        return f"{document}\n\n{self.describe(model)}" + (f"\n\n{said}" if said else "")
