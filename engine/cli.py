@@ -1,4 +1,5 @@
-"""The command line: ``slipstream run, validate, explain, verify, bench, schema, env``, or ``python -m engine``.
+"""The command line: ``slipstream run, validate, explain, verify, bench, import-config, schema, env``, or ``python -m
+engine``.
 
 Exit codes: 0 done; 1 a bug, or ``verify`` found a difference, or ``bench`` could measure nothing; 2 the user can put it
 right (a line for each problem, no traceback); 130 interrupted; 141 whoever read stdout went away. torch is imported by
@@ -21,6 +22,7 @@ from config_schema import SCHEMA_PATH, Config, SlipstreamError, load_config, sch
 from config_schema.job import Job
 from engine import __version__
 from engine.bench import options as bench_options
+from engine.import_config import console as import_console
 
 PROG = "slipstream"
 BUG, USER_ERROR, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
@@ -73,6 +75,7 @@ examples:
 Runs the checkpoint here and in Hugging Face transformers, and compares.
 """,
     "bench": bench_options.EXAMPLES,
+    "import-config": import_console.EXAMPLES,
     "schema": """\
 examples:
   slipstream schema > slipstream.schema.json
@@ -290,6 +293,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], int]]] = {
     "explain": ('print a config with every "auto" decided, and why', _explain),
     "verify": ("compare the outputs with Hugging Face's", _verify),
     "bench": ("measure speed beside the floor and beside peers", _bench),
+    "import-config": ("turn a config of DeepSpeed into one of slipstream", import_console.run),
     "schema": ("print the JSON Schema of the config", _schema),
     "env": ("say what is on this machine, and what is missing", _env),
 }
@@ -354,6 +358,7 @@ OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "explain": _takes_config,
     "verify": _takes_config,
     "bench": _takes_bench,
+    "import-config": import_console.add,
     "schema": _takes_path,
     "env": _takes_json,
 }

@@ -99,8 +99,7 @@ class TrainingEngine:
 
     def _assert_whole(self) -> None:
         """Refuses inference on weights that several processes share out."""
-        trains = self._trains
-        if trains is not None and trains.settings.data_parallel == "shard" and not trains.ranks.alone:
+        if self._trains is not None and self._trains.sharded:
             raise EngineError("inference needs whole weights, these are sharded: go on from a checkpoint alone")
 
     def _updates(self) -> int:

@@ -70,7 +70,7 @@ class Caller:
         else:
             found = outputs if isinstance(outputs, Tensor) else getattr(outputs, "loss", None)
         if not isinstance(found, Tensor) or found.numel() != 1:
-            got = f"one of shape {list(found.shape)}" if isinstance(found, Tensor) else found
+            got = f"one of shape {list(found.shape)}" if isinstance(found, Tensor) else f"{found!r:.40}".split("\n")[0]
             raise EngineError(
                 f"{type(module).__name__} has to give a scalar loss, got {got}: put labels into the batch, or give "
                 "Engine a loss_function(outputs, batch)"

@@ -129,9 +129,10 @@ class _Run:
         if layers is not None:
             ran, expected, count = self.sums
             self.sums = (ran + layers, expected + report.metrics["layer_drop/expected"], count + 1)
-        bar.update()
         shown = {"loss": f"{report.loss:.4g}", "lr": f"{line['lr']:.2g}", "samples/s": f"{rate:.0f}"}
-        bar.set_postfix({**shown, **{name: f"{value:.4g}" for name, value in list(self.figures.items())[:1]}})
+        judged = {name: f"{value:.4g}" for name, value in list(self.figures.items())[:1]}
+        bar.set_postfix({**shown, **judged}, refresh=False)
+        bar.update()
         return report
 
     def _every(self, report: StepReport, metrics: MetricsLog | None) -> None:

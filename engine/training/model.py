@@ -68,7 +68,9 @@ def load_model(config: Config, tokenizer: Any, *, blank: bool = False) -> nn.Mod
     if config.model.gguf_file is not None:
         raise EngineError("$.model.gguf_file: training begins from safetensors: convert the file, or leave it out")
     directory = model_directory(config.model.path, config.model.revision)
-    facts = _of_transformers(directory, lambda: transformers.AutoConfig.from_pretrained(str(directory)))
+    facts = _of_transformers(
+        directory, lambda: transformers.AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+    )
     task = model_task(config, getattr(facts, "architectures", None), str(directory / "config.json"))
     _set_head(config, facts, task)
     if getattr(facts, "pad_token_id", None) is None and task == "sequence_classification" and tokenizer is not None:

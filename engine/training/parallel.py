@@ -67,11 +67,6 @@ class Replicas(Feature):
     name: ClassVar[str] = "replicas"
     saved: ClassVar[bool] = False
 
-    def setup(self, progress: Progress) -> None:
-        """All processes begin with the weights of the first."""
-        for tensor in (*progress.model.parameters(), *progress.model.buffers()):
-            dist.broadcast(tensor.detach(), 0)
-
     def backward_end(self, progress: Progress) -> None:
         """Before gradients are unscaled, so that an overflow in one process is one in all."""
         if progress.micro_batch < progress.micro_batches - 1:
@@ -123,15 +118,17 @@ def spread(
     """
     if not dist.is_available() or not dist.is_initialized():
         return model, ()
+    if how == "replicate" and not layer_drop:
+        wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+        return wrapped, (Overlapped(wrapped),)
+    for tensor in (*model.parameters(), *model.buffers()):  # all begin with the first one's, as with the wrapper above
+        dist.broadcast(tensor.detach(), 0)
     if how == "shard":
         for block in find_stack(model).blocks:
             fully_shard(block)
         fully_shard(model)
         return model, (Overlapped(model),)
-    if layer_drop:
-        return model, (Replicas(),)
-    wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    return wrapped, (Overlapped(wrapped),)
+    return model, (Replicas(),)
 
 
 def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from config_schema import Config
@@ -70,6 +71,11 @@ class Trainer:
     def loop(self) -> Loop:
         """The loop, made when it is first needed: its length may follow from the data."""
         return self.plan.loop(self.model, self._caller.loss_of, self.means, self._count_update)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds only a part of each weight; so from the first step on."""
+        return isinstance(self.model, FSDPModule)
 
     def _count_update(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self.updates += 1

@@ -82,16 +82,21 @@ class Idle(Stack):
         self.idle = torch.nn.Linear(3, 3)
 
 
-def idle(how: str) -> str:
-    """What is said of it after three steps."""
+def idle(how: str, drop: bool) -> str:
+    """What is said of it after three steps, which begin with other weights in each process: the first one's count."""
     sections: dict[str, Any] = {"training": {"data_parallel": how}}
-    engine = Engine(config(**sections), model=Idle(), loss_function=lambda outputs, batch: outputs.square().mean())
+    if drop:
+        sections["progressive_layer_drop"] = {"gamma": 1e-9}
+    model = Idle()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += dist.get_rank()
+    engine = Engine(config(**sections), model=model, loss_function=lambda outputs, batch: outputs.square().mean())
     try:
-        for _ in range(3):
-            engine.train_batch({"x": torch.ones(4, 6)})
+        losses = [engine.train_batch({"x": torch.ones(4, 6)}).loss for _ in range(3)]
     except EngineError as error:
         return str(error)
-    return "trained"
+    return f"{losses[0]:.5f}"
 
 
 def main(home: Path, steps: str, *cases: str) -> None:
@@ -103,7 +108,7 @@ def main(home: Path, steps: str, *cases: str) -> None:
         if dist.get_rank() == 0:
             facts = {"begun": summary.begun, "figures": dict(summary.figures)}
             (home / case / "two.json").write_text(json.dumps(facts), encoding="utf-8")
-    said = {how: idle(how) for how in ("shard", "replicate")}
+    said = {f"{how} {drop}": idle(how, drop) for how in ("shard", "replicate") for drop in (True, False)}
     if dist.get_rank() == 0:
         (home / "idle.json").write_text(json.dumps(said), encoding="utf-8")
 

@@ -68,7 +68,8 @@ def arguments(directory: Path, **options: Any) -> TrainingArguments:
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # what transformers 4.51 leaves of arguments before
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_"))]:
+        del os.environ[name]  # what transformers 4.51 leaves of the arguments before
     return TrainingArguments(str(directory), **fixed | options)
 
 

@@ -14,8 +14,11 @@ import transformers
 
 from engine import Engine
 from engine.errors import EngineError
+from engine.training.model import positions
 from tests.engine.tiny_text import CORPUS, DECODER_SIZES, ENCODER_SIZES, TOKENIZER_FILES, bpe_tokenizer
 from tests.engine.training.trained import WORDS, config
+
+LENGTH = {"max_position_embeddings": 40}
 
 
 def checkpoint(directory: Path, model_type: str, **changes: Any) -> Path:
@@ -140,7 +143,21 @@ def test_token_types_go_to_models_that_have_them(tmp_path: Path) -> None:
     ids = torch.arange(3, 11)[None]
     with_types = {"input_ids": ids, "labels": ids, "token_type_ids": torch.zeros_like(ids)}
     engine.eval()
-    assert float(engine(with_types).loss) == pytest.approx(float(model(input_ids=ids, labels=ids).loss))
+    with torch.no_grad():
+        wanted = float(model(input_ids=ids, labels=ids).loss)
+    assert float(engine(with_types).loss) == pytest.approx(wanted)
+
+
+def test_positions_are_what_a_model_can_read(tmp_path: Path) -> None:
+    """RoBERTa counts from behind its padding token: the longest text has that many positions less."""
+    for kind, changes in (("bert", LENGTH), ("roberta", {**LENGTH, "pad_token_id": 1}), ("gpt2", {})):
+        facts = transformers.AutoConfig.for_model(kind, **{**ENCODER_SIZES, **DECODER_SIZES}[kind] | changes)
+        model = transformers.AutoModel.from_config(facts).eval()
+        most = positions(facts)
+        assert most == {"bert": 40, "roberta": 38, "gpt2": 96}[kind]
+        model(input_ids=torch.full((1, most), 7))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, most + 1), 7))
 
 
 BROKEN: dict[str, tuple[dict[str, Any], str, str]] = {
