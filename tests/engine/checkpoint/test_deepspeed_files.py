@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from engine import Engine
-from engine.checkpoint import open_checkpoint, open_weights
+from engine.checkpoint import deepspeed_files, open_checkpoint, open_weights
 from engine.errors import CheckpointError
 from tests.engine.checkpoint import builders
 from tests.engine.checkpoint.builders import refused
@@ -195,8 +195,19 @@ def test_directories_near_it_are_told_what_they_lack(tmp_path: Path) -> None:
     refused(lambda: open_checkpoint(str(tmp_path / "b")), "config.json is missing", "copy the config.json")
 
 
-def test_a_folder_called_latest_is_not_deepspeeds(tmp_path: Path) -> None:
+def test_a_folder_called_latest_is_not_deepspeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     builders.write_json(tmp_path / "config.json", builders.CONFIG)
     (tmp_path / "latest").mkdir()
+    monkeypatch.setattr(deepspeed_files, "TAG_LIMIT", 1 << 20)  # a folder's own size differs among file systems
     with pytest.raises(CheckpointError, match="no weights: none of"):
         open_checkpoint(str(tmp_path))
+
+
+def test_a_long_file_called_latest_is_not_deepspeeds(tmp_path: Path) -> None:
+    whole(tmp_path)
+    (tmp_path / "latest").write_text("t" * 256)
+    with pytest.raises(CheckpointError, match="no weights: none of"):
+        open_checkpoint(str(tmp_path))
+    (tmp_path / TAG).rename(tmp_path / ("t" * 255))
+    (tmp_path / "latest").write_text("t" * 255)
+    assert list(open_weights(tmp_path).names()) == list(WEIGHTS)
