@@ -13,10 +13,10 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 
 
-class AdamW(Section):
-    """Adam with decoupled weight decay, torch's fused one where there is one."""
+class Adaptive(Section):
+    """What the optimizers that keep two moments of each gradient have in common."""
 
-    type: Literal["AdamW"]
+    type: str
     """The kind of optimizer."""
 
     lr: Positive = 1e-3
@@ -26,32 +26,30 @@ class AdamW(Section):
     """Decay of the two moments."""
 
     eps: Positive = 1e-8
-    """Added to the denominator."""
+    """Added to the denominator; LAMB's paper has 1e-6."""
 
     weight_decay: NotNegative = 0.01
-    """Decoupled; biases and norms' weights are left out."""
+    """Decoupled from the gradient; biases and norms' weights are left out."""
 
     decay_all: bool = False
     """Decay biases and norms' weights too."""
 
 
-class Lamb(Section):
+class AdamW(Adaptive):
+    """Adam with decoupled weight decay, torch's fused one where there is one."""
+
+    type: Literal["AdamW"]
+    """The kind of optimizer."""
+
+
+class Lamb(Adaptive):
     """LAMB: Adam's direction, and each tensor moves in proportion to its own size (arXiv 1904.00962)."""
 
     type: Literal["LAMB"]
     """The kind of optimizer."""
 
-    lr: Positive = 1e-3
-    """Learning rate, the highest of the schedule."""
-
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """Decay of the two moments."""
-
-    eps: Positive = 1e-8
-    """Added to the denominator; the paper's experiments have 1e-6."""
-
     weight_decay: NotNegative = 0.0
-    """Decoupled; it counts in the trust ratio; biases and norms' weights are left out."""
+    """Decoupled from the gradient; it counts in the trust ratio; biases and norms' weights are left out."""
 
     bias_correction: bool = True
     """Divide the moments by 1 - beta^t."""
@@ -61,9 +59,6 @@ class Lamb(Section):
 
     min_coeff: NotNegative | None = 0.01
     """Lower bound of the trust ratio; null is none."""
-
-    decay_all: bool = False
-    """Decay biases and norms' weights too."""
 
 
 Optimizer = AdamW | Lamb

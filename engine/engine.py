@@ -52,7 +52,6 @@ class Engine(TrainingEngine):
                 **config,
                 "model": {"path": getattr(getattr(model, "config", None), "_name_or_path", "") or "live model"},
             }
-        self._decided: build.Plan | None = None
         self._packed: Runner | None = None
         self._packed_of = (0, 0)
         self._lock = threading.RLock()
@@ -95,14 +94,6 @@ class Engine(TrainingEngine):
     def config(self) -> Config:
         """The configuration as given."""
         return self._config
-
-    @property
-    def _plan(self) -> build.Plan:
-        """How it infers; of a model in training decided when it first does."""
-        if self._decided is None:
-            self._assert_whole()
-            self._decided = build.plan(self._config, model=self._live)
-        return self._decided
 
     @property
     def spec(self) -> ModelSpec:

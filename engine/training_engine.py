@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from config_schema import Config, SlipstreamError
+from engine import build
 from engine.checkpoint.directory import model_directory
 from engine.errors import EngineError
 from engine.inference.text import Text
 
 if TYPE_CHECKING:
-    from engine import build
     from engine.training.fit import Summary
     from engine.training.loop import StepReport
     from engine.training.trainer import Trainer
@@ -32,7 +32,7 @@ class TrainingEngine:
     _config: Config
     _live: Any
     text: Text
-    _decided: build.Plan | None
+    _decided: build.Plan | None = None
     _trains: Trainer | None = None
     _in_training = False
     _without_runtime: str | None = None
@@ -97,18 +97,18 @@ class TrainingEngine:
                 log.warning("inference runs the model's own forward: %s", error)
         return not self._without_runtime
 
-    def _assert_whole(self) -> None:
-        """Refuses inference on weights that several processes share out."""
-        if self._trains is not None and self._trains.sharded:
-            raise EngineError("inference needs whole weights, these are sharded: go on from a checkpoint alone")
-
     def _updates(self) -> int:
         """Optimizer steps so far: the weights' source does not see those of torch's fused optimizers."""
         return 0 if self._trains is None else self._trains.updates
 
     @property
     def _plan(self) -> build.Plan:
-        raise NotImplementedError
+        """How it infers; of a model in training decided when it first does."""
+        if self._decided is None:
+            if self._trains is not None and self._trains.sharded:
+                raise EngineError("inference needs whole weights, these are sharded: go on from a checkpoint alone")
+            self._decided = build.plan(self._config, model=self._live)
+        return self._decided
 
     # ---- steps ----
 
@@ -116,7 +116,7 @@ class TrainingEngine:
         """One optimizer step. ``float(report)`` and ``report.loss`` are the mean loss over all processes.
 
         ``batch``: this process's part of a batch, a mapping (or tuple) of tensors [B, ...] with B = micro_batch_size x
-        accumulation_steps, or a list of micro-batches.
+        accumulation_steps, or a list of micro-batches, or an iterator of which the next ones are taken.
         """
         return self._trainer.train_batch(batch)
 
@@ -157,9 +157,12 @@ class TrainingEngine:
     # ---- saving ----
 
     def save_checkpoint(self, directory: str | os.PathLike[str] | None = None) -> str:
-        """All that is needed to go on, into ``directory`` or ``training.output``/checkpoints. Returns where."""
+        """All that is needed to go on, into ``directory`` or ``training.output``/checkpoints. Returns where.
+
+        After :meth:`fit` that includes the place in the data, so that a later ``fit`` goes on from it.
+        """
         trainer = self._trainer
-        return str(trainer.checkpoints(directory).save(self.global_step, trainer.objects()))
+        return str(trainer.checkpoints(directory).save(self.global_step, trainer.objects(trainer.batches)))
 
     def load_checkpoint(self, directory: str | os.PathLike[str] | None = None, step: int | None = None) -> int:
         """Goes back to the last checkpoint, or that of ``step``; the step."""
@@ -183,9 +186,7 @@ class TrainingEngine:
     def explain(self) -> str:
         """The resolved configuration as JSON, what is trained, and the reason of each choice; those of inference if the
         engine has inferred."""
-        from engine.build import explain, reasons
-
         if self._trains is None:
-            return explain(self._plan)
-        inference = "" if self._decided is None else f"\n\nInference\n{reasons(self._decided.choices)}"
+            return build.explain(self._plan)
+        inference = "" if self._decided is None else f"\n\nInference\n{build.reasons(self._decided.choices)}"
         return self._trains.plan.explain(self._trains.model) + inference

@@ -47,7 +47,9 @@ class Caller:
 
     def outputs_of(self, module: nn.Module, batch: Any) -> Any:
         """The module's outputs for a batch on any device."""
-        batch = to_device(batch, self.device)
+        return self._call(module, to_device(batch, self.device))
+
+    def _call(self, module: nn.Module, batch: Any) -> Any:
         if isinstance(batch, Mapping):
             known = {name: value for name, value in batch.items() if self._any or name in self._names}
             if "use_cache" in self._names:
@@ -61,10 +63,11 @@ class Caller:
 
     def loss_of(self, module: nn.Module, batch: Any) -> Tensor:
         """The mean loss, a scalar; :attr:`outputs` are those that it is of, with their ``loss``."""
-        outputs = self.outputs_of(module, batch)
+        batch = to_device(batch, self.device)
+        outputs = self._call(module, batch)
         found: Any
         if self.loss is not None:
-            found = self.loss(outputs, to_device(batch, self.device))
+            found = self.loss(outputs, batch)
         elif isinstance(outputs, Mapping):
             found = outputs.get("loss")
         else:

@@ -64,6 +64,7 @@ class _Run:
         self.trainer, self.settings, self.evaluated = trainer, trainer.settings, evaluated
         sizes, team = trainer.sizes, trainer.ranks
         self.batches = Batches(train, sizes.micro, self.settings.seed, team.rank, team.size, threads=1)
+        trainer.batches = self.batches
         self.total = trainer.plan.length = self._length(len(train))
         self.checkpoints = trainer.checkpoints()
         self.saved: Path | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -16,8 +15,6 @@ from engine.errors import CheckpointError, EngineError
 from engine.verify import AUTO_CLASSES
 from ops.spec import Task
 from ops.weights import WeightSource
-
-log = logging.getLogger("slipstream.training")
 
 #: What a class of transformers ends with, by task.
 ENDINGS: Mapping[str, Task] = {

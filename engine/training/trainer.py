@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -34,8 +33,6 @@ from engine.training.model import load_model, outputs_of, positions
 from engine.training.parallel import Means
 from engine.training.random_state import RandomState
 
-log = logging.getLogger("slipstream.training")
-
 
 class Trainer:
     """Owns the model, its optimizer and the loop. ``plan`` holds what was decided."""
@@ -62,6 +59,7 @@ class Trainer:
             raise EngineError(f'$.precision: "{mode}" trains weights that are kept in fp32: give model.float()')
         self.updates = 0  # of the weights; autograd does not count what torch's fused optimizers write
         self.means = Means()
+        self.batches: Batches | None = None  # of the last fit
         self._samples: dict[str, Samples] = {}
         self._caller = Caller(self.model, self.device, loss_function)
         if self.settings.activation_checkpointing:

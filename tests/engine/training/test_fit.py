@@ -291,3 +291,18 @@ def test_looks_before_it_begins(
         write(home, **sections)
         assert main(["run", "train.json", "--dry-run"]) == 2
         assert wanted in capsys.readouterr().err
+
+
+def test_goes_on_from_a_checkpoint_saved_by_hand(tmp_path: Path) -> None:
+    """After a run: the place in the data is in it."""
+    rows = [{name: value[0] for name, value in masked(1, seed).items()} for seed in range(16)]
+
+    def run(steps: int, output: str) -> Engine:
+        engine = Engine(config(training={"output": str(tmp_path / output), "max_steps": steps}), model=bert())
+        engine.fit(rows)
+        return engine
+
+    run(5, "whole")
+    run(3, "parts").save_checkpoint()
+    assert run(5, "parts").global_step == 5
+    assert lines(tmp_path, "parts") == lines(tmp_path, "whole")
