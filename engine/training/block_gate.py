@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from engine.errors import EngineError
 from engine.training.residual import Residual, hidden_states, output_of, trace, uncompiled
+from engine.training.scaled_product import ScaledProduct, is_product
 
 #: Structures that were traced: blocks that look the same and are called in the same way do the same.
 Traces = dict[Any, Residual]
@@ -41,7 +42,7 @@ class BlockGate:
         self._structure: tuple[tuple[str, type[nn.Module]], ...] = ()
         self._traces = traces
         self._shared = shared
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: list[RemovableHandle | ScaledProduct] = []
         self._own = block.__dict__.get("forward")
         self._forward = block.forward
         block.__dict__["forward"] = self
@@ -111,9 +112,7 @@ class BlockGate:
             self._traces[key] = trace(self.name, self.block, self._forward, args, kwargs, self._shared)
         residual = self._traces[key]
         if self.residual is None:
-            self._hooks = [
-                self.block.get_submodule(name).register_forward_hook(self._scaled) for name in residual.branches
-            ]
+            self._hooks = [self._hook(self.block.get_submodule(name)) for name in residual.branches]
         elif self.residual.branches != residual.branches:
             raise EngineError(
                 f"{self.name} adds {residual.rule} in this call and {self.residual.rule} in an earlier one: call it "
@@ -122,10 +121,21 @@ class BlockGate:
         self.residual = residual
         return residual
 
+    def _hook(self, module: nn.Module) -> RemovableHandle | ScaledProduct:
+        """Has a submodule's output scaled while the gate says so."""
+        if is_product(module):
+            return ScaledProduct(module, self)
+        return module.register_forward_hook(self._scaled)
+
+    def current(self) -> Tensor | None:
+        """What branches are multiplied by, or None."""
+        return self._scale if self.block.training else None
+
     def _scaled(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The hook on a submodule that returns a branch."""
-        if self._scale is None or not self.block.training:
+        scale = self.current()
+        if scale is None:
             return None
         if isinstance(output, tuple):
-            return (output[0] * self._scale, *output[1:])
-        return output * self._scale
+            return (output[0] * scale, *output[1:])
+        return output * scale

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine.errors import EngineError
+from engine.training.scaled_product import is_product
 
 #: Operations after which the values of hidden states are still the same.
 _SAME_VALUES = frozenset(
@@ -158,10 +159,12 @@ def trace(
 
 @dataclass
 class _Call:
-    """An output of a submodule: its name, and the operation that made the tensor."""
+    """An output of a submodule: its name, what it is, and the operation that made the tensor."""
 
     module: str
     usable: bool
+    product: bool
+    dropout: bool
     node: int | None
 
 
@@ -217,15 +220,21 @@ class _Flow(TorchDispatchMode):
         return end in reached and any(self.sums[node] for node in reached if node)
 
     def modules_of(self, branches: Sequence[int]) -> tuple[str, ...] | None:
-        """For each branch, the outermost submodule that returned it and never anything else; None if one has none."""
+        """For each branch, a submodule that returned it and never anything else; None if one has none.
+
+        That is the linear layer whose product it is if only dropout and the modules around both come after it, since
+        scaling a weight may be less to compute; else the outermost one.
+        """
         pure = {call.module for call in self.calls if call.usable}
         pure -= {call.module for call in self.calls if call.node not in branches}
         names = []
         for branch in branches:
-            made = [call.module for call in self.calls if call.node == branch and call.module in pure]
+            made = [call for call in self.calls if call.node == branch and call.module in pure]
             if not made:
                 return None
-            names.append(made[-1])
+            first, *rest = made
+            keeps = all(call.dropout or first.module.startswith(f"{call.module}.") for call in rest)
+            names.append(first.module if first.product and keeps else made[-1].module)
         return tuple(dict.fromkeys(names))
 
     def _stream(self, end: int) -> list[int]:
@@ -273,7 +282,8 @@ def _outputs_noted(block: nn.Module, flow: _Flow, excluded: Collection[int]) -> 
     def noting(name: str, usable: bool) -> Any:
         def note(module: nn.Module, args: Any, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) and output else output
-            flow.calls.append(_Call(name, usable, flow.node.get(id(first))))
+            node = flow.node.get(id(first))
+            flow.calls.append(_Call(name, usable, is_product(module), type(module) is nn.Dropout, node))
 
         return note
 

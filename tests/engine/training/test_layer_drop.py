@@ -207,7 +207,7 @@ def test_training_is_what_one_would_write_by_hand() -> None:
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
     assert drop.executed == ran < 6 * 3 * 4
     assert drop.micro_batches == 18
-    assert drop.describe() == "layer_drop: blocks (4 PreNorm), scaled: branches dropout"
+    assert drop.describe() == "layer_drop: blocks (4 PreNorm), scaled: branches mix, down"
 
 
 def test_layers_that_run_are_counted() -> None:
