@@ -117,7 +117,8 @@ class Loop:
         progress = self.progress
         progress.micro_batches = count
         if not self._losses:
-            progress.model.train()
+            if not progress.model.training:  # train() walks all modules, and parts may be kept in evaluation mode
+                progress.model.train()
             progress.optimizer.zero_grad(set_to_none=True)
             self._walk("step_start")
         progress.micro_batch = len(self._losses)

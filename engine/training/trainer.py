@@ -122,13 +122,14 @@ class Trainer:
         return self._samples[part]
 
     def evaluate(self, samples: Samples) -> dict[str, float]:
-        """The figures of the samples' task over all processes, the one that judges first. The model's mode stays."""
-        data, mode = self.config.data, self.model.training
+        """The figures of the samples' task over all processes, the one that judges first. Each module's mode stays."""
+        data, modes = self.config.data, [(module, module.training) for module in self.model.modules()]
         wanted = None if data is None else data.metric
         try:
             return figures_of(samples, self.infer, self._loss_of, self.sizes.micro, self.ranks, wanted)
         finally:
-            self.model.train(mode)
+            for module, mode in modes:
+                module.training = mode
 
     def _loss_of(self, batch: Any) -> Tensor:
         """In evaluation mode, without gradients."""

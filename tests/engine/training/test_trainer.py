@@ -109,6 +109,18 @@ def test_evaluation_mode_infers_and_training_goes_on() -> None:
     assert engine(BATCHES[0]).loss.requires_grad
 
 
+def test_parts_in_evaluation_mode_stay_so() -> None:
+    """A user freezes the dropout of a part; steps and an evaluation between them leave it."""
+    engine = Engine(config(), model=bert(dropout=0.5))
+    engine.train_batch(BATCHES[0])
+    engine.model.bert.embeddings.eval()
+    engine.evaluate([{name: value[0] for name, value in BATCHES[0].items()}])
+    engine.train_batch(BATCHES[1])
+    assert engine.model.training
+    assert engine.model.bert.encoder.training
+    assert not engine.model.bert.embeddings.dropout.training
+
+
 def test_a_model_of_ones_own(caplog: pytest.LogCaptureFixture) -> None:
     def loss(outputs: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return (outputs[:, 0] - batch["wanted"]).square().mean()
