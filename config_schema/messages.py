@@ -83,7 +83,10 @@ def _locate(root: Schema, loc: tuple[int | str, ...]) -> _Place:
 
 
 def _child(node: Schema, element: int | str) -> Schema | None:
-    child: Schema | None = node.get("properties", {}).get(element) if isinstance(element, str) else node.get("items")
+    if isinstance(element, str):
+        child: Schema | None = node.get("properties", {}).get(element)
+    else:
+        child = dict(enumerate(node.get("prefixItems", ()))).get(element, node.get("items"))
     return child
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from engine.checkpoint.pretrained import pretrained
 from engine.errors import EngineError
 from engine.inference.inputs import Rows, rows_from
 from ops.spec import Task
@@ -110,7 +111,8 @@ def _reference(engine: Engine, rows: Rows, task: Task, live: Any) -> Tensor:
         plan = engine.plan
         extra = {"gguf_file": plan.gguf_file} if plan.gguf_file else {}
         loader = getattr(transformers, AUTO_CLASSES[task])
-        model = loader.from_pretrained(str(plan.directory), trust_remote_code=False, **extra).to(plan.device).float()
+        assert plan.directory is not None
+        model = pretrained(loader, plan.directory, **extra).to(plan.device).float()
     else:
         model = live
     training = model.training

@@ -31,8 +31,9 @@ TAG_LIMIT = 255
 
 _WEIGHTS_FILE = "mp_rank_00_model_states.pt"
 _CONSOLIDATE = (
-    "where you trust its origin, run the zero_to_fp32.py that DeepSpeed put beside `latest` "
-    "(python zero_to_fp32.py . OUTPUT) and use the pytorch_model.bin that it writes, with config.json beside it"
+    "where you trust its origin, run the zero_to_fp32.py that DeepSpeed put beside `latest`, where DeepSpeed is "
+    "installed (python zero_to_fp32.py . OUTPUT), and use what it writes (pytorch_model.bin, or shards with an index), "
+    "with config.json beside it"
 )
 _CONVERT = (
     'where you trust its origin, save its weights alone: torch.save(torch.load(FILE, weights_only=False)["module"], '
@@ -58,7 +59,7 @@ _IN_PIECES: Mapping[str, str] = {
 class ModelStatesFile(BinFile):
     """The weights under ``module`` in an opened ``*_model_states.pt``, memory-mapped.
 
-    Where the model was wrapped once more, the prefix ``module.`` of every name is left out. Raises ``CheckpointError``
+    Where the model was wrapped, each prefix ``module.`` that all names have is left out. Raises ``CheckpointError``
     as :class:`engine.checkpoint.bin_file.BinFile` does; the rest of the file (optimizer, schedule, what the user's
     script added) is read as plain values and dropped.
     """
@@ -72,9 +73,15 @@ class ModelStatesFile(BinFile):
                 f'{path}: "module" must be a dictionary of weights, is {kind}: not a file of DeepSpeed, or one of '
                 "pipeline parallelism, whose weights lie in other files"
             )
-        wrapped = all(isinstance(name, str) and name.startswith("module.") for name in module)
-        named = {name.removeprefix("module."): value for name, value in module.items()} if wrapped else module
-        super().__init__(path, named, _CONVERT)
+        nested = next((name for name, value in module.items() if isinstance(value, Mapping)), None)
+        if nested is not None:
+            raise CheckpointError(
+                f"{path}: {nested}: a dictionary in the dictionary of weights, as Megatron lays them out: convert it "
+                "with the program that trained it (save_pretrained() of Hugging Face writes what is read here)"
+            )
+        while all(isinstance(name, str) and name.startswith("module.") for name in module):
+            module = {name.removeprefix("module."): value for name, value in module.items()}
+        super().__init__(path, module, _CONVERT)
         self.label = f"{path.parent.name}/{path.name}"
 
 

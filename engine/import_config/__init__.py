@@ -17,6 +17,7 @@ from typing import Any
 from config_schema import Config, ConfigError, Problem, load_config
 from config_schema.reader import parse_text, plain_document, read_file
 from engine.import_config.draft import Draft, Row
+from engine.import_config.hjson import plain_json
 from engine.import_config.keys import KEYS, Fate
 from engine.import_config.sections import SECTIONS, trains
 
@@ -67,12 +68,13 @@ class Imported:
 def import_config(source: str | os.PathLike[str] | Mapping[str, object], model: str | None = None) -> Imported:
     """Reads a configuration of DeepSpeed, for training or for ``init_inference``.
 
-    source: path of a JSON file, or what stands in one. model: the directory or Hub name to write into it.
+    source: path of a JSON file, in which comments and trailing commas pass as with DeepSpeed, or what stands in one.
+    model: the directory or Hub name to write into it.
 
     Raises ``ConfigError`` for what is not JSON, and for values that neither DeepSpeed nor slipstream can use.
     """
     name = None if isinstance(source, Mapping) else os.fsdecode(source)
-    value = source if name is None else parse_text(read_file(name), name)
+    value = source if name is None else parse_text(plain_json(read_file(name)), name)
     document, findings = plain_document(value)
     if findings or not isinstance(document, dict):
         problems = [finding.problem() for finding in findings]
@@ -102,19 +104,25 @@ def _check(document: dict[str, Any], rows: list[Row], name: str | None) -> None:
         load_config(document)
     except ConfigError as error:
         origin = {f"$.{row.target}": row.key for row in rows if row.target}
-        problems = [
-            Problem(f"$.{origin[problem.path]}", f"as {problem.path}: {problem.message}")
-            if problem.path in origin
-            else problem
-            for problem in error.problems
-        ]
-        raise ConfigError(problems, name) from None
+        raise ConfigError([_translated(problem, origin) for problem in error.problems], name) from None
+
+
+def _translated(problem: Problem, origin: Mapping[str, str]) -> Problem:
+    """The problem at DeepSpeed's key; the place may be an element of what that became."""
+    place = problem.path.partition("[")[0]
+    if place not in origin:
+        return problem
+    return Problem(f"$.{origin[place]}{problem.path[len(place) :]}", f"as {problem.path}: {problem.message}")
 
 
 def _missing(draft: Draft, model: str | None) -> tuple[str, ...]:
     lines = [] if model else ["$.model.path: a checkpoint directory, or a name on the Hugging Face Hub"]
     if not trains(draft):
         return (*lines, "$.job: what `slipstream run` does; an engine used from Python needs none")
+    if "optimizer" not in draft.document:
+        lines.append("$.optimizer: its kind and rate, which the script that called DeepSpeed (or Trainer) chose")
+    if "schedule" not in draft.document:
+        lines.append("$.schedule: likewise; without it the rate stays")
     return (
         *lines,
         "$.training.max_steps or epochs: how long",

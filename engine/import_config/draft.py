@@ -9,7 +9,7 @@ from typing import Any
 
 from config_schema.errors import Problem
 from config_schema.reader import Json
-from engine.import_config.keys import AUTO, KEYS, Fate
+from engine.import_config.keys import AUTO, AUTO_FLAGS, KEYS, Fate
 
 _WANTED = {
     "integer": "a whole number",
@@ -33,7 +33,8 @@ class Row:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.key} = {self.value}" if self.value else f"({self.key})"
+        key = self.key or '""'
+        return f"{key} = {self.value}" if self.value else f"({key})"
 
 
 class Draft:
@@ -68,7 +69,7 @@ class Draft:
         What is of no use becomes a problem.
         """
         value = self.get(key)
-        if value is None or (value == "auto" and (key in AUTO or key.endswith(".enabled"))):
+        if value is None or (value == "auto" and (key in AUTO or key in AUTO_FLAGS)):
             return value
         whole = isinstance(value, float) and value.is_integer()
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -115,7 +116,8 @@ class Draft:
     def tell(self, fate: Fate, key: str, reason: str = "", target: str = "") -> None:
         """Adds a line of the report about a key, and about all that is in it."""
         self._told.add(key)
-        self.rows.append(Row(fate, key, shown(self.get(key)), target, reason))
+        value = self.get(key)
+        self.rows.append(Row(fate, key, "" if value is None else shown(value), target, reason))
 
     def move(self, key: str, target: str, kind: str, reason: str = "") -> Any:
         """Takes a key over as it is, and tells so; ``reason`` makes it one to look at. Returns the value, if any."""
@@ -152,35 +154,43 @@ class Draft:
     def _rest(self, section: dict[str, Json], prefix: str, covered: bool) -> None:
         for name, value in section.items():
             key = prefix + name
-            known, told = KEYS.get(key), covered or key in self._told
+            known, told = None if "." in name else KEYS.get(key), covered or key in self._told
             if known is None:
-                self.tell(Fate.UNKNOWN, key, _nearest(name, prefix))
+                self.rows.append(Row(Fate.UNKNOWN, key, shown(value), "", _nearest(name, prefix)))
                 continue
-            if known.reason and not told:
-                off = value in (False, None) or (isinstance(value, dict) and value.get("enabled") is False)
-                self.tell(Fate.OFF if off else known.fate, key, "" if off else known.reason)
+            if not told and (known.reason or value is None):
+                off = _is_off(value)
+                row = Row(Fate.OFF if off else known.fate, key, shown(value), "", "" if off else known.reason)
+                self.rows.append(row)
                 told = True
             if isinstance(value, dict) and not known.any_keys:
                 self._rest(value, key + ".", told)
-            elif not told and value is not None:
+            elif not told:
                 self.tell(Fate.DROPPED, key, "does not belong to what is chosen beside it")
+
+
+def _is_off(value: Json) -> bool:
+    """Whether a key does nothing; DeepSpeed's compression says so one section deeper."""
+    if not isinstance(value, dict):
+        return value is None or value is False
+    shared = value.get("shared_parameters")
+    return value.get("enabled", shared.get("enabled") if isinstance(shared, dict) else None) is False
 
 
 def _nearest(name: str, prefix: str) -> str:
     """What the user may have meant; keys that DeepSpeed's own reader passes over are worth a word."""
     siblings = {key[len(prefix) :] for key in KEYS if key.startswith(prefix) and "." not in key[len(prefix) :]}
     plain = name.replace("-", "_").lower()
-    close = difflib.get_close_matches(plain, siblings, n=1, cutoff=0.75)
+    close = difflib.get_close_matches(plain, siblings, n=1, cutoff=0.8)
     if close:
         return f'did you mean "{close[0]}"?'
-    elsewhere = sorted(key for key in KEYS if key.rpartition(".")[2] == plain and key != prefix + plain)
+    around = (prefix + plain, prefix.rstrip("."))
+    elsewhere = sorted(key for key in KEYS if key.rpartition(".")[2] == plain and key not in around)
     return f'did you mean "{elsewhere[0]}"?' if elsewhere else ""
 
 
 def shown(value: Json) -> str:
-    """A value as JSON, cut to a length for a table; empty for None."""
-    if value is None:
-        return ""
+    """A value as JSON, cut to a length for a table."""
     if isinstance(value, dict):
         return "{...}" if value else "{}"
     text = json.dumps(value, ensure_ascii=False)

@@ -40,6 +40,7 @@ _WHOLE_MODEL = "slipstream reads models of known families itself: $.model.path i
 _OFFLOAD = "weights and optimizer stay on the GPU"
 _QUANTIZATION = "weights in 8 bits"
 _NO_MOE = "there are no mixtures of experts"
+_IN_FP32 = "weights and gradients are kept in fp32"
 _CHECKPOINTS = "checkpoints are always whole, and checked when they are read"
 
 _TABLE: tuple[tuple[Fate, str, str, str], ...] = (
@@ -71,11 +72,12 @@ _TABLE: tuple[tuple[Fate, str, str, str], ...] = (
     (Fate.MAPPED, "fp16.", "enabled loss_scale initial_scale_power loss_scale_window hysteresis min_loss_scale", ""),
     (Fate.DROPPED, "fp16.", "consecutive_hysteresis", "the scale halves at the first overflow"),
     (Fate.DROPPED, "fp16.", "auto_cast", "autocast decides what is computed in fp16"),
-    (Fate.DROPPED, "fp16.", "fp16_master_weights_and_grads", "weights and gradients are kept in fp32"),
+    (Fate.DROPPED, "fp16.", "fp16_master_weights_and_grads", _IN_FP32),
+    (Fate.DROPPED, "fp16.", "fused_mode", "AdamW is torch's fused one"),
     (Fate.MAPPED, "bf16.", "enabled", ""),
     (Fate.DROPPED, "bf16.", "immediate_grad_update", "gradients are gathered in fp32 as they come"),
     (Fate.DROPPED, "bf16.", "check_grad_overflow", "a step without a number for a loss or gradient always stops"),
-    (Fate.DROPPED, "bf16.", "bf16_master_weights_and_grads bf16_optimizer_states", "weights are kept in fp32"),
+    (Fate.DROPPED, "bf16.", "bf16_master_weights_and_grads bf16_optimizer_states", _IN_FP32),
     (Fate.MAPPED, "bfloat16.", "enabled", ""),
     (Fate.MAPPED, "amp.", "enabled", ""),
     (Fate.MAPPED, "torch_autocast.", "enabled dtype", ""),
@@ -106,6 +108,8 @@ _TABLE: tuple[tuple[Fate, str, str, str], ...] = (
     ),
     (Fate.DROPPED, "zero_optimization.", "zeropp_loco_param* mics_shard_size", _COMMUNICATION),
     (Fate.DROPPED, "zero_optimization.", "mics_hierarchical_params_gather leaf_module*", _COMMUNICATION),
+    (Fate.DROPPED, "zero_optimization.", "parameter_alignment grad_hooks", _COMMUNICATION),
+    (Fate.DROPPED, "zero_optimization.", "compute_grad_norm", "each step's norm is in metrics.jsonl"),
     (Fate.DROPPED, "zero_optimization.", "ignore_unused_parameters legacy_stage1", "unused parameters are found"),
     (Fate.DROPPED, "zero_optimization.", "memory_efficient_linear override_module_apply", "FSDP2 has no such option"),
     (Fate.DROPPED, "zero_optimization.", "log_trace_cache_warnings enable_sanity_checks", "FSDP2 has no such option"),
@@ -161,6 +165,8 @@ _TABLE: tuple[tuple[Fate, str, str, str], ...] = (
     (Fate.LATER, "tensor_parallel.", "tp_grain_size mpu tp_group dtype tp_overlap_comm tp", _TENSOR_PARALLEL),
     (Fate.LATER, "tensor_parallel.", "partition_config* preset_model", _TENSOR_PARALLEL),
     (Fate.LATER, "tensor_parallel.", "injection_policy_tuple keep_module_on_host", _TENSOR_PARALLEL),
+    (Fate.LATER, "tensor_parallel.", "replace_with_kernel_inject kernel_inject tensor_parallel*", _TENSOR_PARALLEL),
+    (Fate.LATER, "tensor_parallel.", "vocab_parallel_lm_head vocab_parallel_ce_backend", _TENSOR_PARALLEL),
     (Fate.LATER, "tp.", "tp_grain_size mpu tp_group", _TENSOR_PARALLEL),
     (Fate.LATER, "", "mpu injection_policy* injection_dict* injection_policy_tuple", _TENSOR_PARALLEL),
     (Fate.LATER, "", "quant", _QUANTIZATION),
@@ -176,12 +182,15 @@ _TABLE: tuple[tuple[Fate, str, str, str], ...] = (
     ),
     (Fate.DROPPED, "", "prescale_gradients gradient_predivide_factor disable_allgather", _COMMUNICATION),
     (Fate.DROPPED, "", "communication_data_type seq_parallel_communication_data_type", _COMMUNICATION),
+    (Fate.DROPPED, "", "seq_parallel_comm_data_type", _COMMUNICATION),
     (Fate.DROPPED, "", "gradient_allreduce_op", "gradients are averaged"),
-    (Fate.DROPPED, "", "comms_logger* aio* data_types* zero_allow_comm_data_type_fp32", _COMMUNICATION),
+    (Fate.DROPPED, "", "comms_logger* zero_allow_comm_data_type_fp32", _COMMUNICATION),
+    (Fate.DROPPED, "", "aio*", _OFFLOAD),
+    (Fate.DROPPED, "", "data_types* fp32_allreduce", _IN_FP32),
+    (Fate.DROPPED, "", "disable_python_gc", "Python collects its garbage as ever"),
     (Fate.DROPPED, "", "sparse_gradients", "gradients of embeddings are dense"),
     (Fate.DROPPED, "", "managed_gradient_accumulation", "accumulation is always managed"),
     (Fate.DROPPED, "", "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer", "both optimizers may be sharded"),
-    (Fate.DROPPED, "", "fp32_allreduce", "gradients are in fp32"),
     (Fate.DROPPED, "", "checkpoint* load_universal_checkpoint nebula* datastates*", _CHECKPOINTS),
     (Fate.DROPPED, "", "dataloader_drop_last", "the end of an epoch runs into the next one, no sample is lost"),
     (Fate.DROPPED, "", "vocabulary_size", "the tokenizer and the model say it"),
@@ -195,7 +204,7 @@ _TABLE: tuple[tuple[Fate, str, str, str], ...] = (
     (Fate.DROPPED, "", "curriculum_learning* data_efficiency*", "data come in one order, shuffled"),
     (Fate.DROPPED, "", "pipeline* sequence_parallel_size", "training is data-parallel"),
     (Fate.DROPPED, "", "expert_parallel* use_data_before_expert_parallelism moe* ep_size ep_group", _NO_MOE),
-    (Fate.DROPPED, "", "ep_mp_group moe_experts moe_type", _NO_MOE),
+    (Fate.DROPPED, "", "ep_mp_group expert_group expert_mp_group moe_experts moe_type", _NO_MOE),
     (Fate.DROPPED, "", "weight_quantization*", "ZeRO-Inference is not there"),
     (Fate.DROPPED, "", "enable_cuda_graph use_triton triton_autotune", "chosen by itself where it helps"),
     (Fate.DROPPED, "", "zero*", _OFFLOAD),
@@ -263,6 +272,9 @@ AUTO: Mapping[str, tuple[str, int | float | str | list[float] | None]] = {
     "optimizer.params.weight_decay": ("weight_decay", 0.0),
     "scheduler.params.warmup_min_lr": ("0", 0.0),
     "scheduler.params.warmup_max_lr": ("learning_rate", 5e-5),
-    "scheduler.params.warmup_num_steps": ("warmup_steps", 0),
+    "scheduler.params.warmup_num_steps": ("warmup_steps or warmup_ratio", 0),
     "scheduler.params.total_num_steps": ("max_steps, or the length of num_train_epochs", "auto"),
 }
+
+#: Switches whose "auto" Trainer fills in; nobody does for another one.
+AUTO_FLAGS = frozenset({"fp16.enabled", "bf16.enabled", "bfloat16.enabled", "amp.enabled"})

@@ -35,10 +35,16 @@ def optimizer(draft: Draft) -> None:
         return
     draft.write("optimizer.type", kind)
     if given.lower() in _COMPRESSED:
-        said = f"without compression, which is its warm-up for the whole run: gradients travel in full, {kind}"
+        said = f"{kind} in its place: gradients travel in full, as in its warm-up"
         draft.tell(Fate.LATER, "optimizer.type", said, "optimizer.type")
+    elif given.lower() == "adam":
+        said = "AdamW: DeepSpeed's Adam decouples weight decay too"
+        draft.tell(Fate.MAPPED, "optimizer.type", said, "optimizer.type")
     else:
-        draft.tell(Fate.MAPPED, "optimizer.type", _kind_reason(draft, given.lower()), "optimizer.type")
+        corrected = kind == "LAMB" and draft.get(f"{_PARAMS}.bias_correction") is not False
+        said = "the trust ratio is of the bias-corrected update, as in the paper; DeepSpeed's is not"
+        fate, reason = (Fate.CHECK, said) if corrected else (Fate.MAPPED, "")
+        draft.tell(fate, "optimizer.type", reason, "optimizer.type")
     draft.take(_PARAMS, "section")
     _rate(draft)
     draft.move(f"{_PARAMS}.betas", "optimizer.betas", "pair")
@@ -58,12 +64,6 @@ def optimizer(draft: Draft) -> None:
         draft.tell(Fate.OFF if harmless else Fate.DROPPED, key, said)
 
 
-def _kind_reason(draft: Draft, given: str) -> str:
-    if given == "adam":
-        return "DeepSpeed's Adam decouples weight decay too"
-    return "the trust ratio is taken of the bias-corrected update, as in the paper" if given == "lamb" else ""
-
-
 def _rate(draft: Draft) -> None:
     if draft.move(f"{_PARAMS}.lr", "optimizer.lr", "number") is None:
         draft.write("optimizer.lr", 1e-3)
@@ -76,8 +76,10 @@ def _decay(draft: Draft) -> None:
     if given is None:
         draft.write(target, 0.0)
         draft.tell(Fate.MAPPED, key, "0, DeepSpeed's default", target)
-    elif draft.move(key, target, "number", _DECAY if given not in (0, "auto") else ""):
-        draft.write("optimizer.decay_all", True)
+    else:
+        draft.move(key, target, "number", _DECAY if given not in (0, "auto") else "")
+        if given:
+            draft.write("optimizer.decay_all", True)
 
 
 def _bias_correction(draft: Draft, kind: str) -> None:
@@ -126,10 +128,10 @@ def scheduler(draft: Draft) -> None:
         draft.tell(Fate.DROPPED, "scheduler", said)
         return
     draft.write("schedule.type", kind)
-    draft.tell(Fate.MAPPED, "scheduler.type", "", "schedule.type")
     if kind == "one_cycle":
         _one_cycle(draft)
     else:
+        draft.tell(Fate.MAPPED, "scheduler.type", "", "schedule.type")
         _warm_up(draft, given)
 
 
@@ -140,10 +142,10 @@ def _warm_up(draft: Draft, given: str) -> None:
         draft.tell(Fate.MAPPED, key, "1000, DeepSpeed's default", steps)
     shape, key = draft.take(f"{_SP}.warmup_type", "text"), f"{_SP}.warmup_type"
     if shape == "linear":
-        draft.tell(Fate.MAPPED, key, "as all of ours", steps)
-    elif draft.document["schedule"]["warmup_steps"]:
+        draft.tell(Fate.MAPPED, key, "as all of ours", "schedule.type")
+    elif draft.document["schedule"]["warmup_steps"] or draft.get(f"{_SP}.warmup_num_steps") == "auto":
         said = "the rate rises in a straight line, DeepSpeed's along a logarithm"
-        draft.tell(Fate.CHECK, key, said + ("" if shape else ", its default"), steps)
+        draft.tell(Fate.CHECK, key, said + ("" if shape else ", its default"), "schedule.type")
     elif shape is not None:
         draft.tell(Fate.OFF, key)
     key = f"{_SP}.warmup_min_ratio" if given == "WarmupCosineLR" else f"{_SP}.warmup_min_lr"
@@ -196,6 +198,10 @@ def _one_cycle(draft: Draft) -> None:
     draft.tell(Fate.MAPPED, f"{_SP}.cycle_first_step_size", said, "schedule.warmup_steps")
     said = f"{up} steps up and {down} down"
     draft.tell(Fate.MAPPED, f"{_SP}.cycle_second_step_size", said, "schedule.total_steps")
+    said = (
+        f"along a cosine from a 25th of the highest rate, near 0 from step {up + down} on, and the betas stay; "
+        "DeepSpeed's goes in lines from cycle_min_lr, back to it and on from there, and moves the betas"
+    )
+    draft.tell(Fate.CHECK, "scheduler.type", said, "schedule.type")
     if draft.take(f"{_SP}.cycle_min_lr", "number") is not None:
-        said = "ours rises from a 25th of the highest rate and ends near 0, along a cosine"
-        draft.tell(Fate.CHECK, f"{_SP}.cycle_min_lr", said, "schedule.type")
+        draft.tell(Fate.DROPPED, f"{_SP}.cycle_min_lr", "the cycle begins at a 25th of the highest rate")

@@ -15,6 +15,8 @@ _DTYPES = {
 }
 #: Steps that no training has: Accelerate writes as many for "print nothing".
 NEVER = 2**31 - 1
+#: Bits of the largest loss scale that is a number.
+LARGEST_POWER = 1023
 _LAYERS_FOUND = "slipstream finds the layers of the model itself and drops them; the model needs no change"
 
 
@@ -68,11 +70,8 @@ def precision(draft: Draft) -> None:
         draft.tell(Fate.MAPPED, "fp16.enabled", "", "precision")
         _loss_scale(draft)
     elif chosen == "torch_autocast":
-        dtype = draft.take("torch_autocast.dtype", "text") or "bfloat16"
-        draft.write("precision", _DTYPES.get(dtype, "bf16"))
         draft.tell(Fate.MAPPED, "torch_autocast.enabled", "", "precision")
-        if draft.get("torch_autocast.dtype") is not None:
-            draft.tell(Fate.MAPPED, "torch_autocast.dtype", "", "precision")
+        _dtype(draft, "torch_autocast.dtype", "bf16")
     elif chosen == "amp":
         draft.write("precision", "fp16")
         draft.tell(Fate.CHECK, "amp", "torch's autocast in the place of apex", "precision")
@@ -87,21 +86,30 @@ def _loss_scale(draft: Draft) -> None:
     fixed = draft.take("fp16.loss_scale", "number")
     if fixed:
         draft.write(initial, float(fixed))
-        draft.tell(Fate.CHECK, "fp16.loss_scale", "the scale begins there and moves: there is no fixed one", initial)
-    else:
-        power = draft.take("fp16.initial_scale_power", "integer")
-        draft.write(initial, 2.0 ** (16 if power is None else power))
-        if fixed is not None:
-            draft.tell(Fate.MAPPED, "fp16.loss_scale", "0 is a scale that moves", "training.loss_scale")
-        if power is not None:
-            draft.tell(Fate.MAPPED, "fp16.initial_scale_power", f"2^{power}", initial)
+        draft.write(window, NEVER)
+        draft.tell(Fate.CHECK, "fp16.loss_scale", "fixed in DeepSpeed; here it does not grow, but may halve", initial)
+        for key in ("initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale"):
+            if draft.get(f"fp16.{key}") is not None:
+                draft.tell(Fate.OFF, f"fp16.{key}", "DeepSpeed's scale is fixed")
+        return
+    power = draft.take("fp16.initial_scale_power", "integer")
+    if power is not None and power > LARGEST_POWER:
+        draft.problem("fp16.initial_scale_power", f"got {shown(power)}, wanted at most {LARGEST_POWER}")
+        return
+    draft.write(initial, 2.0 ** (16 if power is None else power))
+    if fixed is not None:
+        draft.tell(Fate.MAPPED, "fp16.loss_scale", "0 is a scale that moves", "training.loss_scale")
+    if power is not None:
+        draft.tell(Fate.MAPPED, "fp16.initial_scale_power", f"2^{power}", initial)
     steps = draft.take("fp16.loss_scale_window", "integer")
     draft.write(window, 1000 if steps is None else steps)
     draft.tell(Fate.MAPPED, "fp16.loss_scale_window", "1000, DeepSpeed's default" if steps is None else "", window)
-    if (draft.take("fp16.hysteresis", "integer") or 1) != 1:
-        draft.tell(Fate.DROPPED, "fp16.hysteresis", "the scale halves at the first overflow")
-    elif draft.get("fp16.hysteresis") is not None:
-        draft.tell(Fate.MAPPED, "fp16.hysteresis", "the scale halves at the first overflow")
+    overflows = draft.take("fp16.hysteresis", "integer")
+    said = "the scale halves at the first overflow"
+    if overflows is None:
+        draft.tell(Fate.DROPPED, "fp16.hysteresis", f"2, DeepSpeed's default: {said} here")
+    else:
+        draft.tell(Fate.MAPPED if overflows == 1 else Fate.DROPPED, "fp16.hysteresis", said)
     if draft.take("fp16.min_loss_scale", "number") is not None:
         draft.tell(Fate.DROPPED, "fp16.min_loss_scale", "the scale has no floor")
 
@@ -144,7 +152,7 @@ def parallelism(draft: Draft) -> None:
         1: (
             Fate.CHECK,
             "auto",
-            'only weights, gradients and optimizer together are sharded ("shard"), where they must',
+            'weights, gradients and moments are sharded together, where they outgrow a GPU ("shard": always)',
         ),
         3: (Fate.CHECK, "shard", "FSDP2; it needs several processes (torchrun)"),
     }
@@ -223,22 +231,32 @@ def inference(draft: Draft) -> None:
     for key in ("tensor_parallel.enabled", "tp.enabled"):
         if draft.take(key, "flag") is not None:
             draft.tell(Fate.OFF, key)
-    if not trains(draft):
-        _inference_dtype(draft)
-
-
-def _inference_dtype(draft: Draft) -> None:
-    given = draft.take("dtype", "text")
-    if given is None:
-        draft.write("precision", "fp16")
-        draft.tell(Fate.MAPPED, "dtype", "fp16, DeepSpeed's default", "precision")
-    elif given in ("int8", "torch.int8"):
+    if trains(draft):
+        return
+    _files(draft)
+    if draft.get("dtype") in ("int8", "torch.int8"):
         draft.tell(Fate.LATER, "dtype", "weights in 8 bits; $.precision is left to slipstream")
+    else:
+        _dtype(draft, "dtype", "fp16")
+
+
+def _files(draft: Draft) -> None:
+    """Where ``init_inference`` finds weights, which is the model's directory here."""
+    for key in ("checkpoint", "base_dir", "checkpoint_config", "ckpt_config"):
+        if draft.get(key):
+            draft.tell(Fate.CHECK, key, "the directory of Hugging Face's files of this model goes there", "model.path")
+
+
+def _dtype(draft: Draft, key: str, default: str) -> None:
+    given = draft.take(key, "text")
+    if given is None:
+        draft.write("precision", default)
+        draft.tell(Fate.MAPPED, key, f"{default}, DeepSpeed's default", "precision")
     elif given in _DTYPES:
         draft.write("precision", _DTYPES[given])
-        draft.tell(Fate.MAPPED, "dtype", "", "precision")
+        draft.tell(Fate.MAPPED, key, "", "precision")
     else:
-        draft.problem("dtype", f"got {shown(given)}, wanted one of fp16, bf16, fp32, int8")
+        draft.problem(key, f"got {shown(given)}, wanted fp16, bf16 or fp32")
 
 
 def _sections() -> tuple[Callable[[Draft], Any], ...]:

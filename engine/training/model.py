@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from config_schema import Config
-from engine.checkpoint.directory import deepspeed_weights, model_directory
-from engine.errors import CheckpointError, EngineError
+from engine.checkpoint.directory import model_directory
+from engine.checkpoint.pretrained import of_transformers, pretrained
+from engine.errors import EngineError
 from engine.verify import AUTO_CLASSES
 from ops.spec import Task
-from ops.weights import WeightSource
 
 #: What a class of transformers ends with, by task.
 ENDINGS: Mapping[str, Task] = {
@@ -65,7 +64,7 @@ def load_model(config: Config, tokenizer: Any, *, blank: bool = False) -> nn.Mod
     if config.model.gguf_file is not None:
         raise EngineError("$.model.gguf_file: training begins from safetensors: convert the file, or leave it out")
     directory = model_directory(config.model.path, config.model.revision)
-    facts = _of_transformers(
+    facts = of_transformers(
         directory, lambda: transformers.AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
     )
     task = model_task(config, getattr(facts, "architectures", None), str(directory / "config.json"))
@@ -75,23 +74,13 @@ def load_model(config: Config, tokenizer: Any, *, blank: bool = False) -> nn.Mod
     kind = getattr(transformers, AUTO_CLASSES[task])
     if blank:
         with torch.device("meta"):
-            return cast(nn.Module, _of_transformers(directory, lambda: kind.from_config(facts)))
+            return cast(nn.Module, of_transformers(directory, lambda: kind.from_config(facts)))
     if config.model.weights == "random":
-        model = _of_transformers(directory, lambda: kind.from_config(facts, trust_remote_code=False))
+        model = of_transformers(directory, lambda: kind.from_config(facts, trust_remote_code=False))
     else:
-        foreign = deepspeed_weights(directory)
-        model = _of_transformers(directory, lambda: _pretrained(kind, directory, facts, foreign))
+        model = pretrained(kind, directory, config=facts)
     found: nn.Module = model.to(torch.float32)
     return found
-
-
-def _pretrained(kind: Any, directory: Path, facts: Any, foreign: WeightSource | None) -> Any:
-    """What ``from_pretrained`` makes of the directory, or of ``foreign`` weights there that it cannot read."""
-    if foreign is None:
-        return kind.from_pretrained(str(directory), config=facts, trust_remote_code=False)
-    with torch.device("meta"):
-        named = type(kind.from_config(facts, trust_remote_code=False))  # an Auto class takes no weights without a path
-    return named.from_pretrained(None, config=facts, state_dict={name: foreign.read(name) for name in foreign.names()})
 
 
 def outputs_of(model: nn.Module) -> int | None:
@@ -120,14 +109,3 @@ def _set_head(config: Config, facts: Any, task: Task) -> None:
     elif data.labels is not None:
         facts.id2label = dict(enumerate(data.labels))
         facts.label2id = {name: at for at, name in facts.id2label.items()}
-
-
-def _of_transformers(directory: Path, make: Any) -> Any:
-    """What transformers makes of a directory, or its error in one line."""
-    try:
-        return make()
-    except Exception as error:  # of many kinds; the directory is what the user can act on
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(
-            f"{directory}: transformers cannot load it: {reason[0] if reason else type(error).__name__}"
-        ) from error

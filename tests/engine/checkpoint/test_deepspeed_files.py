@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import shutil
 from collections import OrderedDict
@@ -12,9 +13,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from config_schema import load_config
 from engine import Engine
 from engine.checkpoint import deepspeed_files, open_checkpoint, open_weights
 from engine.errors import CheckpointError
+from engine.training.model import load_model
 from tests.engine.checkpoint import builders
 from tests.engine.checkpoint.builders import refused
 from tests.engine.checkpoint.deepspeed_builder import TAG, cast, deepspeed
@@ -53,6 +56,8 @@ def test_the_prefix_of_a_wrapper_is_left_out(tmp_path: Path) -> None:
     assert list(open_weights(tmp_path).names()) == ["a.weight", "a.bias"]
     deepspeed(tmp_path, {"module.a": torch.ones(1), "b": torch.ones(1)})
     assert list(open_weights(tmp_path).names()) == ["module.a", "b"], "part of the model's own names"
+    deepspeed(tmp_path, {f"module.module.{name}": tensor for name, tensor in WEIGHTS.items()})
+    assert list(open_weights(tmp_path).names()) == ["a.weight", "a.bias"]
 
 
 def test_latest_decides_and_hugging_faces_files_come_first(tmp_path: Path) -> None:
@@ -92,6 +97,25 @@ def test_an_engine_runs_what_deepspeed_trained(tmp_path: Path) -> None:
     first = trained.train_batch({"input_ids": batch, "labels": batch})
     loss = expected.train()(input_ids=batch, labels=batch).loss.detach()
     assert float(first) == pytest.approx(float(loss), rel=1e-5), "training begins from these weights"
+    assert Engine(document).verify().ok
+
+
+@pytest.mark.parametrize("whose", ["DeepSpeed", "Hugging Face"])
+def test_weights_are_not_rounded_to_the_dtype_of_config_json(whose: str, tmp_path: Path) -> None:
+    """It names that of the model's release, whatever the weights were trained or converted to since."""
+    one = tiny("gpt2", "causal_lm")
+    weights = cast(one.model.state_dict(), torch.float16) if whose == "DeepSpeed" else one.model.state_dict()
+    if whose == "DeepSpeed":
+        deepspeed(tmp_path, weights)
+    else:
+        shutil.copy(one.directory / "model.safetensors", tmp_path)
+    facts = json.loads((one.directory / "config.json").read_text("utf-8"))
+    builders.write_json(tmp_path / "config.json", {**facts, "dtype": "bfloat16", "torch_dtype": "bfloat16"})
+    document = {"model": {"path": str(tmp_path)}, "device": "cpu", "precision": "fp32"}
+    trained = load_model(load_config(document | {"training": {"micro_batch_size": 1}}), None).state_dict()
+    assert trained.keys() == weights.keys()
+    assert all(torch.equal(trained[name], weights[name].float()) for name in trained)
+    assert Engine(document).verify().ok
 
 
 # What is refused
@@ -115,7 +139,7 @@ def test_code_does_not_run(tmp_path: Path) -> None:
 def test_zero_stage_3_is_told_with_the_way_out(tmp_path: Path) -> None:
     refused(
         lambda: open_checkpoint(str(whole(tmp_path, zero=3))), f"{tmp_path / TAG}: written by ZeRO stage 3",
-        "run the zero_to_fp32.py that DeepSpeed put beside `latest` (python zero_to_fp32.py . OUTPUT)",
+        "run the zero_to_fp32.py that DeepSpeed put beside `latest`", "(python zero_to_fp32.py . OUTPUT)",
         "pytorch_model.bin", "(zero_pp_rank_0_mp_rank_00_model_states.pt)",
     )  # fmt: skip
     torch.save(WEIGHTS, tmp_path / "pytorch_model.bin")
@@ -168,6 +192,10 @@ def test_files_that_are_no_such_checkpoint(tmp_path: Path) -> None:
     refused(lambda: open_weights(tmp_path), "is Tensor")
     torch.save({"module": {"a": 3}}, path)
     refused(lambda: open_weights(tmp_path), f"{path}: a: a int where a tensor must be", '["module"]')
+    torch.save({"module": {"language_model": {"a": WEIGHTS["a.bias"]}}}, path)
+    refused(lambda: open_weights(tmp_path), f"{path}: language_model: a dictionary in the dictionary", "Megatron")
+    path.write_text("no archive and no pickle")
+    refused(lambda: open_weights(tmp_path), f"{path}: not a file of torch.save")
     path.unlink()
     (path.parent / "notes.txt").touch()
     refused(lambda: open_weights(tmp_path), "mp_rank_00_model_states.pt is missing; it holds: notes.txt")

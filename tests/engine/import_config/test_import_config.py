@@ -13,7 +13,9 @@ import torch
 
 from config_schema import ConfigError, load_config
 from engine.import_config import MODEL, Fate, Imported, import_config
-from engine.import_config.keys import AUTO, KEYS
+from engine.import_config.hjson import plain_json
+from engine.import_config.keys import AUTO, AUTO_FLAGS, KEYS
+from engine.import_config.sections import NEVER
 from engine.training.schedules import build_schedule
 from tests.engine.import_config.files import (
     BING_BERT,
@@ -37,7 +39,14 @@ EXPECTED: dict[str, tuple[Document, Document]] = {
                 "data_parallel": "shard",
                 "log_every": 2000,
             },
-            "optimizer": {"type": "AdamW", "lr": 5e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0},
+            "optimizer": {
+                "type": "AdamW",
+                "lr": 5e-5,
+                "betas": [0.9, 0.999],
+                "eps": 1e-8,
+                "weight_decay": 0.0,
+                "decay_all": True,
+            },
             "schedule": {"type": "linear", "warmup_steps": 0, "total_steps": "auto"},
         },
     ),
@@ -123,11 +132,11 @@ EXPECTED: dict[str, tuple[Document, Document]] = {
 
 
 def leaves(document: Document, prefix: str = "") -> list[str]:
-    """Every key of a document that is no section, by its dotted path; nulls say nothing."""
+    """Every key of a document that is no section, by its dotted path."""
     found = []
     for name, value in document.items():
         key = f"{prefix}{name}"
-        found += leaves(value, f"{key}.") if isinstance(value, dict) else [key] if value is not None else []
+        found += leaves(value, f"{key}.") if isinstance(value, dict) else [key]
     return found
 
 
@@ -189,6 +198,7 @@ def test_what_is_off_is_told_as_off() -> None:
         "activation_checkpointing": {"partition_activations": False},
         "gradient_clipping": 0,
         "memory_breakdown": False,
+        "scheduler": None,
     }
     found = import_config(off)
     assert {key for key, fate in fates(found).items() if fate is Fate.OFF} == off.keys() - {"train_batch_size"}
@@ -207,6 +217,8 @@ def test_what_is_off_is_told_as_off() -> None:
         ("fp16.loss_scale_windows", 'did you mean "loss_scale_window"?'),
         ("optimizer.params.beta", 'did you mean "betas"?'),
         ("theta", 'did you mean "progressive_layer_drop.theta"?'),
+        ("fp16.fp16", ""),
+        ("pipe-parallel-size", ""),
         ("completely_else", ""),
     ],
 )
@@ -229,10 +241,13 @@ def test_loss_scale(fixed: float) -> None:
     scale = load_config(found.document).training
     assert scale is not None
     assert scale.loss_scale is not None
-    assert (scale.loss_scale.initial, scale.loss_scale.growth_interval) == (fixed or 4096.0, 500)
+    wanted = (fixed, NEVER) if fixed else (4096.0, 500)
+    assert (scale.loss_scale.initial, scale.loss_scale.growth_interval) == wanted
     told = fates(found)
     assert told["fp16.loss_scale"] is (Fate.CHECK if fixed else Fate.MAPPED)
-    assert told["fp16.hysteresis"] is told["fp16.min_loss_scale"] is Fate.DROPPED
+    assert told["fp16.hysteresis"] is told["fp16.min_loss_scale"] is (Fate.OFF if fixed else Fate.DROPPED)
+    silent = import_config({"train_batch_size": 1, "fp16": {"enabled": True}})
+    assert "2, DeepSpeed's default" in reason_of(silent, "fp16.hysteresis")
 
 
 @pytest.mark.parametrize(
@@ -363,7 +378,28 @@ REFUSED: dict[str, tuple[object, str]] = {
     ),
     "none of DeepSpeed's": ({"model": {"path": "m"}}, "$: is no configuration of DeepSpeed: it has none of its keys"),
     "no object": ([1], "$: wanted an object: {...}"),
-    "a dtype": ({"dtype": "int4"}, '$.dtype: got "int4", wanted one of fp16, bf16, fp32, int8'),
+    "a dtype": ({"dtype": "int4"}, '$.dtype: got "int4", wanted fp16, bf16 or fp32'),
+    "a dtype of autocast": (
+        {"torch_autocast": {"enabled": True, "dtype": "int4"}, "train_batch_size": 1},
+        '$.torch_autocast.dtype: got "int4", wanted fp16, bf16 or fp32',
+    ),
+    "no number": (
+        {"fp16": {"enabled": True, "initial_scale_power": 1024}},
+        "$.fp16.initial_scale_power: got 1024, wanted at most 1023",
+    ),
+    "a switch that nobody fills in": (
+        {"tensorboard": {"enabled": "auto"}, "train_batch_size": 1},
+        '$.tensorboard.enabled: got "auto", wanted true or false',
+    ),
+    "one of a pair": (
+        {"optimizer": {"type": "Adam", "params": {"betas": [0.9, 1.0]}}},
+        "$.optimizer.params.betas[1]: as $.optimizer.betas[1]: got 1, wanted a number of at least 0 and below 1",
+    ),
+    "a warm-up beyond the end": (
+        {"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 9, "total_num_steps": 5}}},
+        "$.scheduler.params.warmup_num_steps: as $.schedule.warmup_steps: 9 is more than $.schedule.total_steps, "
+        "which is 5",
+    ),
 }
 
 
@@ -401,7 +437,7 @@ def test_sections_lead_to_their_keys() -> None:
     for key in KEYS:
         above = key.rpartition(".")[0]
         assert not above or (above in KEYS and not KEYS[above].any_keys) or key == "amp.enabled", key
-    assert AUTO.keys() <= KEYS.keys()
+    assert AUTO.keys() | AUTO_FLAGS <= KEYS.keys()
 
 
 def test_gradient_clipping_goes_before_the_optimizers_own() -> None:
@@ -449,3 +485,93 @@ def test_what_does_not_belong_to_its_kind_is_told() -> None:
     found = import_config({"train_batch_size": 1, "scheduler": {"type": "WarmupLR", "params": params}})
     assert reason_of(found, "scheduler.params.warmup_min_lr") == "the rate rises from 0"
     assert reason_of(found, "scheduler.params.cycle_max_lr") == "does not belong to what is chosen beside it"
+
+
+def test_compression_that_is_off_says_so_one_section_deeper() -> None:
+    groups = {"different_groups": {"a": {"params": {"dense_ratio": 0.5}}}}
+    methods = {name: {"shared_parameters": {"enabled": name == "row_pruning"}, **groups} for name in COMPRESSION}
+    told = fates(import_config({"train_batch_size": 1, "compression_training": methods}))
+    assert {name: told[f"compression_training.{name}"] for name in COMPRESSION} == {
+        "weight_quantization": Fate.OFF,
+        "row_pruning": Fate.DROPPED,
+        "head_pruning": Fate.OFF,
+    }
+
+
+COMPRESSION = ("weight_quantization", "row_pruning", "head_pruning")
+
+
+def test_zero_is_a_value() -> None:
+    sizes = {"stage": 3, "reduce_bucket_size": 0, "overlap_comm": False, "sub_group_size": None}
+    told = {row.key: (row.fate, row.value) for row in import_config({"zero_optimization": sizes}).rows}
+    assert told["zero_optimization.reduce_bucket_size"] == (Fate.DROPPED, "0")
+    assert told["zero_optimization.overlap_comm"] == (Fate.OFF, "false")
+    assert told["zero_optimization.sub_group_size"] == (Fate.OFF, "null")
+
+
+def test_a_name_with_a_dot_is_no_path() -> None:
+    (row,) = (
+        row
+        for row in import_config({"train_batch_size": 1, "zero_optimization.stage": 3}).rows
+        if row.fate is Fate.UNKNOWN
+    )
+    assert (str(row), row.target) == ("zero_optimization.stage = 3", "")
+
+
+def test_what_trainer_fills_in_is_told_with_what_it_brings() -> None:
+    params = {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"}
+    found = import_config({"train_batch_size": 1, "scheduler": {"type": "WarmupLR", "params": params}})
+    assert "warmup_steps or warmup_ratio" in reason_of(found, "scheduler.params.warmup_num_steps")
+    assert "along a logarithm" in reason_of(found, "scheduler.params.warmup_type"), "it is not 0 for ever"
+
+
+def test_one_cycle_is_another_curve() -> None:
+    found = import_config(ONE_CYCLE)
+    assert fates(found)["scheduler.type"] is Fate.CHECK
+    assert "near 0 from step 2000 on" in reason_of(found, "scheduler.type")
+    assert fates(found)["scheduler.params.cycle_min_lr"] is Fate.DROPPED
+
+
+@pytest.mark.parametrize(("params", "fate"), [({}, Fate.CHECK), ({"bias_correction": False}, Fate.MAPPED)])
+def test_lambs_trust_ratio_differs_with_bias_correction(params: Document, fate: Fate) -> None:
+    found = import_config({"train_batch_size": 1, "optimizer": {"type": "Lamb", "params": params}})
+    assert fates(found)["optimizer.type"] is fate
+
+
+def test_what_only_the_script_knew_is_to_be_filled_in() -> None:
+    found = import_config({"train_batch_size": 1}, "m")
+    assert [line.split(":")[0] for line in found.missing[:2]] == ["$.optimizer", "$.schedule"]
+    assert [line.split(":")[0] for line in import_config(ONE_CYCLE, "m").missing[:1]] == [
+        "$.training.max_steps or epochs"
+    ]
+
+
+def test_the_files_of_init_inference_are_the_models_directory() -> None:
+    found = import_config({"dtype": "fp16", "checkpoint": {"type": "BLOOM", "checkpoints": ["a.pt"]}, "base_dir": ""})
+    row = next(row for row in found.rows if row.key == "checkpoint")
+    assert (row.fate, row.target) == (Fate.CHECK, "model.path")
+
+
+def test_what_hjson_lets_pass(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    text = """{ // of the example
+      "train_batch_size": 8, # all "processes
+      "zero_optimization": {"stage": 2, "cpu_offload": false, },
+      /* "optimizer": {,
+         */
+      "tensorboard": {"output_path": "http://a/#b,]", },
+    }"""
+    path.write_text(text, "utf-8")
+    found = import_config(path)
+    assert found.document["training"] == {"train_batch_size": 8, "data_parallel": "auto"}
+    assert leaves({row.key: 0 for row in found.rows if row.key.startswith("tensorboard")}) == ["tensorboard"]
+    assert plain_json(text).splitlines()[5] == '      "tensorboard": {"output_path": "http://a/#b,]"  } '
+    assert len(plain_json(text)) == len(text), "places stay"
+
+
+@pytest.mark.parametrize("text", ["/* " * 300_000, '"' + '\\"' * 400_000, "," * 800_000, "[" + ", " * 400_000])
+def test_no_text_takes_long(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(text, "utf-8")
+    with pytest.raises(ConfigError):
+        import_config(path)
