@@ -91,6 +91,7 @@ class Loop:
         self.schedule, self.precision = schedule, precision or Precision()
         self.clip_norm, self.accumulation = clip_norm, accumulation
         self._loss, self._reduce = loss, reduce
+        self._parameters = list(model.parameters())  # to look for them takes as long as a layer's forward pass
         self._losses: list[Tensor] = []
         self._overflowed = False
         self.precision.assert_trains(model)
@@ -173,7 +174,7 @@ class Loop:
     def _clip(self) -> Tensor | None:
         if self.clip_norm is None:
             return None
-        norm = nn.utils.clip_grad_norm_(self.progress.model.parameters(), self.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self._parameters, self.clip_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _read(self, norm: Tensor | None) -> tuple[float, float | None]:
