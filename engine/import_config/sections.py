@@ -146,7 +146,7 @@ def parallelism(draft: Draft) -> None:
             "auto",
             'only weights, gradients and optimizer together are sharded ("shard"), where they must',
         ),
-        3: (Fate.CHECK, "shard", "FSDP2; it needs several processes (torchrun)"),
+        3: (Fate.CHECK, "shard", "FSDP2; it needs several processes (training.processes, or torchrun)"),
     }
     ways[2] = ways[1]
     if stage not in ways:

@@ -131,7 +131,9 @@ class TrainingPlan:
         """A copy of the model in each process, or a part of each weight."""
         wanted = self.settings.data_parallel
         if wanted == "shard" and self.world == 1 and self.ranks.alone:
-            raise EngineError('$.training.data_parallel: "shard" needs several processes: set $.training.processes')
+            raise EngineError(
+                '$.training.data_parallel: "shard" needs several processes: set $.training.processes, or use torchrun'
+            )
         if wanted != "auto":
             return wanted
         path, reason = "$.training.data_parallel", "there is one process"

@@ -84,9 +84,11 @@ class Workers:
         for process in self._processes:
             process.say({**setup, "rank": process.rank, "world": size, "backend": self._backend, "store": [HOST, port]})
         self._await("imported")
+        hook = sys.excepthook
         with self._at_work():
             dist.init_process_group(self._backend, store=store, rank=0, world_size=size)
             self._group = dist.group.WORLD
+        sys.excepthook = hook  # torch's puts a rank before each line, of a script's own errors too
         self._await("ready")
 
     # ---- a call ----
