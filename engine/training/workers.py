@@ -48,6 +48,19 @@ class WorkerFailed(EngineError):
     """A worker failed: its rank, and its own traceback or the signal that ended it."""
 
 
+def first_failure(failures: Sequence[tuple[int, Mapping[str, Any]]]) -> WorkerFailed:
+    """The error of the worker that failed first: one that is gone, else one whose failure is no mere echo of another's.
+
+    ``failures``: ranks and their events (:mod:`engine.worker`) in the order in which they came, at least one.
+    """
+    gone = [one for one in failures if one[1]["event"] == "ended"]
+    own = [one for one in failures if not one[1].get("exchange")]
+    rank, event = [*gone, *own, *failures][0]
+    if event["event"] == "ended" or event["user_error"]:
+        return WorkerFailed(f"rank {rank} failed: {event['text']}")
+    return WorkerFailed(f"rank {rank} failed with {event['type']}: {event['text']}\n{event['traceback'].rstrip()}")
+
+
 class Workers:
     """``size - 1`` workers, started and joined; ``backend`` is torch's name of what they exchange through.
 
@@ -177,15 +190,7 @@ class Workers:
             self._changed.notify_all()
 
     def _failure(self) -> WorkerFailed:
-        """The error that was first: of a process that is gone, else one that is no mere echo of another's."""
-        gone = [one for one in self._failures if one[1]["event"] == "ended"]
-        own = [one for one in self._failures if not one[1].get("exchange")]
-        rank, event = [*gone, *own, *self._failures][0]
-        if event["event"] == "ended":
-            return WorkerFailed(f"rank {rank} failed: {event['text']}")
-        if event["user_error"]:
-            return WorkerFailed(f"rank {rank} failed: {event['text']}")
-        return WorkerFailed(f"rank {rank} failed with {event['type']}: {event['text']}\n{event['traceback'].rstrip()}")
+        return first_failure(self._failures)
 
     def _break_off_soon(self) -> None:
         self._later(GRACE, self._break_off, self._working)

@@ -24,7 +24,7 @@ from config_schema import SlipstreamError
 from engine import Engine
 from engine.errors import EngineError
 from engine.training import workers
-from engine.training.workers import WorkerFailed
+from engine.training.workers import WorkerFailed, first_failure
 from tests.conftest import ROOT
 from tests.engine.tiny_text import bpe_tokenizer
 from tests.engine.training.trained import write_labelled
@@ -210,6 +210,8 @@ def test_steps_are_those_of_one_process(home: Path, tmp_path: Path, caplog: pyte
     ):
         with pytest.raises(SlipstreamError, match=said):
             call()  # type: ignore[no-untyped-call]
+    os.kill(worker, signal.SIGINT)  # a terminal's Ctrl-C: the first process decides
+    assert two.evaluate()
     assert worker_pids(os.getpid()) == [worker], "an error that all meet alike ends nothing"
     two.save_checkpoint()
     figures = two.evaluate()
@@ -267,24 +269,57 @@ def kill_in_the_midst(output: Path) -> None:
     os.kill(worker_pids(os.getpid())[0], signal.SIGKILL)
 
 
-def test_a_script_that_fails_leaves_no_worker(home: Path, tmp_path: Path) -> None:
+#: How a script ends: within a call, where the worker waits for it in an exchange, and behind one, where it is idle.
+ENDS = {
+    "raise": """
+step = torch.optim.AdamW.step
+def broken(*args, **kwargs):
+    if engine.global_step == 1:
+        tell()
+        raise ValueError("my own")
+    return step(*args, **kwargs)
+torch.optim.AdamW.step = broken
+engine.fit()
+""",
+    "kill": "engine.fit(); tell(); os.kill(os.getpid(), signal.SIGKILL)",
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_a_script_that_ends_leaves_no_worker(home: Path, tmp_path: Path, how: str) -> None:
     """Nor is it imported again: it has no ``if __name__``."""
-    config = document(home, output=str(tmp_path / "run"), max_steps=2)
+    config = document(home, output=str(tmp_path / "run"), max_steps=3)
     script = f"""
-import psutil
+import os, psutil, signal, torch
 from engine import Engine
 engine = Engine({config!r})
-engine.fit()
-print(*(child.pid for child in psutil.Process().children()))
-raise ValueError("my own")
+def tell():
+    print(*(child.pid for child in psutil.Process().children()), flush=True)
+{ENDS[how]}
 """
     (tmp_path / "script.py").write_text(script, encoding="utf-8")
     run = start(tmp_path, "script.py")
     out, err = run.communicate(timeout=60)
-    assert run.returncode == 1
-    assert err.rstrip().splitlines()[-1] == "ValueError: my own", "without a rank before it"
     (worker,) = map(int, out.split())
-    assert is_gone(worker)
+    wait_for(partial(is_gone, worker), 10)
+    if how == "kill":
+        assert run.returncode == -signal.SIGKILL
+    else:
+        assert run.returncode == 1
+        assert err.rstrip().splitlines()[-1] == "ValueError: my own", "without a rank before it"
+
+
+def test_the_first_failure_is_told() -> None:
+    """Not the echo of it that others met in the exchange."""
+    met: dict[str, Any] = {"event": "failed", "type": "RuntimeError", "user_error": False, "traceback": "Traceback"}
+    echo = {**met, "text": "Connection closed", "exchange": True}
+    own = {**met, "text": "my own", "exchange": False}
+    user = {**own, "text": "one line", "user_error": True}
+    gone = {"event": "ended", "text": "SIGKILL"}
+    assert str(first_failure([(1, echo), (2, own)])) == "rank 2 failed with RuntimeError: my own\nTraceback"
+    assert str(first_failure([(1, echo), (2, user)])) == "rank 2 failed: one line"
+    assert str(first_failure([(1, echo), (3, own), (2, gone)])) == "rank 2 failed: SIGKILL"
+    assert str(first_failure([(1, echo)])).startswith("rank 1 failed with RuntimeError: Connection closed")
 
 
 def test_numbers_that_contradict_and_what_is_told_before(
