@@ -138,16 +138,17 @@ def _training_has_one_end(config: Config) -> list[Problem]:
 
 
 def _batch_sizes_agree(config: Config) -> list[Problem]:
-    """What can be said before the number of processes is known."""
+    """Where the number of processes is not said, what can be said without it."""
     training = config.training
     if training is None:
         return []
     micro, accumulation, train = training.micro_batch_size, training.accumulation_steps, training.train_batch_size
     if micro is None and train is None:
         return [Problem("$.training", "has no batch size: give micro_batch_size or train_batch_size")]
-    if train is None or train % ((micro or 1) * (accumulation or 1)) == 0:
+    processes = training.processes if isinstance(training.processes, int) else None
+    if train is None or train % ((micro or 1) * (accumulation or 1) * (processes or 1)) == 0:
         return []
-    sizes = ((micro, "micro_batch_size"), (accumulation, "accumulation_steps"))
+    sizes = ((micro, "micro_batch_size"), (accumulation, "accumulation_steps"), (processes, "processes"))
     given = " x ".join(f"{value} ({name})" for value, name in sizes if value is not None)
     return [Problem("$.training.train_batch_size", f"{train} is no multiple of {given}: change one of them")]
 

@@ -52,6 +52,10 @@ class Training(Section):
     compile: bool = False
     """Train through torch.compile."""
 
+    processes: Count | Literal["auto"] | None = None
+    """Processes that train together, which a plain python starts by itself; "auto" is one for each visible GPU (one on
+    a CPU). Without it one, or as many as torchrun has started."""
+
     data_parallel: Literal["auto", "replicate", "shard"] = "auto"
     """With several processes: a copy of the model each, or a part of each weight (FSDP2)."""
 

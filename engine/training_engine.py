@@ -18,6 +18,7 @@ from engine.inference.text import Text
 if TYPE_CHECKING:
     from engine.training.fit import Summary
     from engine.training.loop import StepReport
+    from engine.training.team import Team
     from engine.training.trainer import Trainer
 
 log = logging.getLogger("slipstream.training")
@@ -34,18 +35,22 @@ class TrainingEngine:
     text: Text
     _decided: build.Plan | None = None
     _trains: Trainer | None = None
+    _team: Team
     _in_training = False
     _without_runtime: str | None = None
 
     def _begin_training(self, model: Any, tokenizer: Any, loss_function: Callable[[Any, Any], Tensor] | None) -> None:
-        from engine.training.trainer import Trainer  # its parts take a second to import
+        from engine.training.build import TrainingPlan  # these take a second to import
+        from engine.training.team import assert_mirrored, team_of
+        from engine.training.trainer import Trainer
 
+        plan = TrainingPlan(self._config)
+        assert_mirrored(plan, model=model, tokenizer=tokenizer, loss_function=loss_function)
         config = self._config.model
         directory = None if model is not None else model_directory(config.path, config.revision)
         self.text = Text(directory, None, tokenizer)
-        self._trains = Trainer(
-            self._config, model=model, tokenizer=lambda: self.text.tokenizer, loss_function=loss_function
-        )
+        self._trains = Trainer(plan, model=model, tokenizer=lambda: self.text.tokenizer, loss_function=loss_function)
+        self._team = team_of(self._trains)
         self._live, self._in_training = self._trains.model, True
 
     @property
@@ -62,7 +67,7 @@ class TrainingEngine:
     @property
     def global_step(self) -> int:
         """Optimizer steps done."""
-        return self._trainer.loop.progress.step
+        return self._trainer.step
 
     # ---- modes ----
 
@@ -84,7 +89,12 @@ class TrainingEngine:
         return self._in_training or (isinstance(batch, Mapping) and bool(TARGETS & batch.keys())) or not self._known()
 
     def _call_model(self, batch: Any) -> Any:
-        return self._trainer.forward(batch) if self._in_training else self._trainer.infer(batch)
+        if self._in_training:
+            self._team.assert_here("engine(batch) while training", "; engine.eval() makes it inference")
+            return self._trainer.forward(batch)
+        if self._trainer.sharded:
+            self._team.assert_here("the model's own forward over shards")
+        return self._trainer.infer(batch)
 
     def _known(self) -> bool:
         """Whether the inference runtime runs this model; said once where it does not."""
@@ -116,17 +126,24 @@ class TrainingEngine:
         """One optimizer step. ``float(report)`` and ``report.loss`` are the mean loss over all processes.
 
         ``batch``: this process's part of a batch, a mapping (or tuple) of tensors [B, ...] with B = micro_batch_size x
-        accumulation_steps, or a list of micro-batches, or an iterator of which the next ones are taken.
+        accumulation_steps, or a list of micro-batches, or an iterator of which the next ones are taken. Where the
+        engine has started the other processes itself (``training.processes``) it is the batch of all of them,
+        train_batch_size rows, and each gets its part.
         """
-        return self._trainer.train_batch(batch)
+        self._trainer  # noqa: B018 - says where there is none
+        return self._team.train_batch(batch)
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of ``engine(batch).loss``."""
-        self._trainer.loop.backward(loss)
+        trainer = self._trainer
+        self._team.assert_here("backward()")
+        trainer.loop.backward(loss)
 
     def step(self) -> StepReport | None:
         """The optimizer step, once accumulation_steps micro-batches have come; else None."""
-        return self._trainer.loop.step()
+        trainer = self._trainer
+        self._team.assert_here("step()")
+        return trainer.loop.step()
 
     # ---- a whole run ----
 
@@ -141,18 +158,29 @@ class TrainingEngine:
         from engine.training.fit import fit
 
         trainer, data = self._trainer, self._config.data
-        train = as_samples(dataset) if dataset is not None else trainer.samples("train")
-        evaluated = None if eval_dataset is None else as_samples(eval_dataset)
-        if evaluated is None and data is not None and data.eval is not None:
-            evaluated = trainer.samples("eval")
-        return fit(trainer, train, evaluated)
+        if dataset is not None or eval_dataset is not None:
+            self._team.assert_here("fit() with a dataset", '; or name files in the section "data"')
+
+        def run() -> Summary:
+            train = as_samples(dataset) if dataset is not None else trainer.samples("train")
+            evaluated = None if eval_dataset is None else as_samples(eval_dataset)
+            if evaluated is None and data is not None and data.eval is not None:
+                evaluated = trainer.samples("eval")
+            return fit(trainer, train, evaluated, self._team.guard)
+
+        return self._team.call("fit", run)
 
     def evaluate(self, dataset: Any = None) -> dict[str, float]:
         """The figures of the data's task (the mean loss of a user's own samples)."""
         from engine.training.datasets import as_samples
 
         trainer = self._trainer
-        return trainer.evaluate(as_samples(dataset) if dataset is not None else trainer.samples("eval"))
+        if dataset is not None:
+            self._team.assert_here("evaluate() of a dataset", '; or name files in the section "data"')
+        return self._team.call(
+            "evaluate",
+            lambda: trainer.evaluate(as_samples(dataset) if dataset is not None else trainer.samples("eval")),
+        )
 
     # ---- saving ----
 
@@ -162,21 +190,36 @@ class TrainingEngine:
         After :meth:`fit` that includes the place in the data, so that a later ``fit`` goes on from it.
         """
         trainer = self._trainer
-        return str(trainer.checkpoints(directory).save(self.global_step, trainer.objects(trainer.batches)))
+
+        def run() -> str:
+            objects = trainer.objects(trainer.batches)
+            return str(trainer.checkpoints(directory).save(trainer.step, objects))
+
+        return self._team.call("save_checkpoint", run, directory=_text(directory))
 
     def load_checkpoint(self, directory: str | os.PathLike[str] | None = None, step: int | None = None) -> int:
         """Goes back to the last checkpoint, or that of ``step``; the step."""
         trainer = self._trainer
-        return trainer.checkpoints(directory).restore(trainer.objects(), step)
+        return self._team.call(
+            "load_checkpoint",
+            lambda: trainer.checkpoints(directory).restore(trainer.objects(), step),
+            directory=_text(directory),
+            step=step,
+        )
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """A Hugging Face directory, tokenizer included, that ``from_pretrained`` and ``Engine`` open."""
-        try:
-            tokenizer = self.text.tokenizer
-        except SlipstreamError as error:
-            log.warning("no tokenizer is saved: %s", error)
-            tokenizer = None
-        self._trainer.save_pretrained(directory, tokenizer)
+        trainer = self._trainer
+
+        def run() -> None:
+            try:
+                tokenizer = self.text.tokenizer
+            except SlipstreamError as error:
+                log.warning("no tokenizer is saved: %s", error)
+                tokenizer = None
+            trainer.save_pretrained(directory, tokenizer)
+
+        self._team.call("save_pretrained", run, directory=_text(directory))
 
     def describe_training(self) -> str:
         """What is trained, where, and by how many samples a step."""
@@ -190,3 +233,7 @@ class TrainingEngine:
             return build.explain(self._plan)
         inference = "" if self._decided is None else f"\n\nInference\n{build.reasons(self._decided.choices)}"
         return self._trains.plan.explain(self._trains.model) + inference
+
+
+def _text(directory: str | os.PathLike[str] | None) -> str | None:
+    return None if directory is None else os.fspath(directory)

@@ -154,7 +154,7 @@ def parallelism(draft: Draft) -> None:
             "auto",
             'weights, gradients and moments are sharded together, where they outgrow a GPU ("shard": always)',
         ),
-        3: (Fate.CHECK, "shard", "FSDP2; it needs several processes (torchrun)"),
+        3: (Fate.CHECK, "shard", "FSDP2; it needs several processes (training.processes, or torchrun)"),
     }
     ways[2] = ways[1]
     if stage not in ways:

@@ -25,9 +25,9 @@ from engine.training.layer_drop import LayerDrop
 from engine.training.loop import Loop, LossFunction
 from engine.training.model import model_task, outputs_of
 from engine.training.optimizer import build_optimizer
-from engine.training.parallel import join, spread
+from engine.training.parallel import join, launched, spread
 from engine.training.precision import LossScale, Mode, Precision
-from engine.training.ranks import ranks
+from engine.training.ranks import Ranks, ranks
 from engine.training.schedules import build_schedule
 
 #: Bytes of a parameter in training: weight, gradient and AdamW's two moments, in fp32.
@@ -37,8 +37,9 @@ SHARE = 0.6
 
 
 class TrainingPlan:
-    """What the sections come to, on this device and among these processes, which it joins.
+    """What the sections come to, on this device and among these processes, which it joins if they are there.
 
+    world: how many there are to be. starts: whether the engine is to start the others itself.
     length: optimizer steps of the training; None until the data say how many an epoch has.
     """
 
@@ -46,15 +47,47 @@ class TrainingPlan:
         assert config.training is not None, "the engine asks only then"
         self.config, self.settings = config, config.training
         self.resolver = Resolver()
-        self.device = join(device_of(config, self.resolver))
-        self.ranks = ranks()
+        device = device_of(config, self.resolver)
+        started = launched()
+        self.world = self._processes(device, started)
+        self.starts = started is None and self.world > 1
+        self.device = torch.device("cuda", 0) if self.starts and device.type == "cuda" else join(device)
         self.mode = self._mode()
         settings = self.settings
         self.sizes = resolve_batch_sizes(
-            settings.train_batch_size, settings.micro_batch_size, settings.accumulation_steps, self.ranks.size
+            settings.train_batch_size, settings.micro_batch_size, settings.accumulation_steps, self.world
         )
         self.length: int | None = settings.max_steps
         self._chosen: dict[str, Any] = {}
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes, once they are there."""
+        return ranks()
+
+    def _processes(self, device: torch.device, started: int | None) -> int:
+        """How many train together; ``started``: those that somebody has started."""
+        wanted, path, choose = self.settings.processes, "$.training.processes", self.resolver.choose
+        if started is not None:
+            if wanted == "auto":
+                return cast(int, choose(path, started, "as many were started"))
+            if wanted is not None and wanted != started:
+                raise EngineError(f"{path}: {wanted}, but {started} were started (by torchrun): make the two equal")
+            return started
+        count, one = torch.cuda.device_count(), self.config.device.startswith("cuda:")
+        if wanted == "auto":
+            if device.type != "cuda":
+                return cast(int, choose(path, 1, "on a CPU"))
+            if one:
+                return cast(int, choose(path, 1, f'$.device names one GPU, "{device}"'))
+            return cast(int, choose(path, count, f"{count} GPUs are visible"))
+        if wanted is None or wanted == 1:
+            return 1
+        if one:
+            raise EngineError(f'{path}: {wanted} processes need a GPU each, but $.device is "{device}": make it "cuda"')
+        if device.type == "cuda" and wanted > count:
+            raise EngineError(f"{path}: {wanted} processes need a GPU each, and {count} are visible: lower it")
+        return wanted
 
     def _mode(self) -> Mode:
         wanted = self.config.precision
@@ -97,12 +130,14 @@ class TrainingPlan:
     def data_parallel(self, model: nn.Module) -> Literal["replicate", "shard"]:
         """A copy of the model in each process, or a part of each weight."""
         wanted = self.settings.data_parallel
-        if wanted == "shard" and self.ranks.alone:
-            raise EngineError('$.training.data_parallel: "shard" needs several processes: start them with torchrun')
+        if wanted == "shard" and self.world == 1 and self.ranks.alone:
+            raise EngineError(
+                '$.training.data_parallel: "shard" needs several processes: set $.training.processes, or use torchrun'
+            )
         if wanted != "auto":
             return wanted
         path, reason = "$.training.data_parallel", "there is one process"
-        if not self.ranks.alone:
+        if self.world > 1 or not self.ranks.alone:
             need = BYTES * sum(parameter.numel() for parameter in model.parameters())
             have = torch.cuda.mem_get_info(self.device)[1] if self.device.type == "cuda" else None
             reason = f"weights, gradients and moments take {need / 1e9:.3g} GB a process"

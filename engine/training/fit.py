@@ -6,8 +6,8 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -50,12 +50,18 @@ class Summary:
     stopped: bool = False
 
 
-def fit(trainer: Trainer, train: Samples, evaluated: Samples | None) -> Summary:
+def fit(
+    trainer: Trainer,
+    train: Samples,
+    evaluated: Samples | None,
+    guard: Callable[[], AbstractContextManager[None]] = failing_together,
+) -> Summary:
     """Trains to the end that the section "training" gives, evaluates, saves.
 
+    ``guard`` stands around it, so that a failing process takes the others down.
     Raises :class:`EngineError`: where the loss is no number it names the last good checkpoint.
     """
-    with failing_together():
+    with guard():
         return _Run(trainer, train, evaluated).run()
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import ClassVar, Literal
 
@@ -16,9 +17,20 @@ from torch.nn.parallel import DistributedDataParallel
 from engine.errors import EngineError
 from engine.training.block_stack import find_stack
 from engine.training.feature import Feature, Progress
+from engine.training.workers import live
 
 #: Bytes of gradients that are averaged at a time.
 BUCKET_BYTES = 25 * 2**20
+
+
+def launched() -> int | None:
+    """How many processes somebody has started to train together, by torchrun's environment or by the group that is
+    there; None: nobody has. Workers that another engine of this process has started do not count."""
+    if not dist.is_available():
+        return None
+    if dist.is_initialized():
+        return None if live() else dist.get_world_size()
+    return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
 
 
 def join(device: torch.device) -> torch.device:
@@ -40,11 +52,13 @@ class Means:
     """The mean of a step's losses over all processes; NaN where one has NaN. A wish to stop travels with them, so that
     all processes stop behind the same step.
 
-    asked: whether this process is to stop. stop: whether any is, as of the last exchange.
+    asked: whether this process is to stop. stop: whether any is, as of the last exchange. check: raises where what was
+    exchanged means nothing, because a process has failed meanwhile.
     """
 
     def __init__(self) -> None:
         self.asked = self.stop = False
+        self.check: Callable[[], None] = lambda: None
 
     def __call__(self, losses: Tensor) -> Tensor:
         """``losses``: [N] float64; as many from each process."""
@@ -54,6 +68,7 @@ class Means:
         values = torch.cat([losses, losses.new_tensor([float(self.asked)])])
         dist.all_reduce(values)
         self.stop = bool(values[-1] > 0)
+        self.check()
         return values[:-1] / dist.get_world_size()
 
 
@@ -121,14 +136,26 @@ def spread(
     if how == "replicate" and not layer_drop:
         wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
         return wrapped, (Overlapped(wrapped),)
-    for tensor in (*model.parameters(), *model.buffers()):  # all begin with the first one's, as with the wrapper above
-        dist.broadcast(tensor.detach(), 0)
+    share(model)  # as the wrapper above does
     if how == "shard":
         for block in find_stack(model).blocks:
             fully_shard(block)
         fully_shard(model)
         return model, (Overlapped(model),)
     return model, (Replicas(),)
+
+
+def share(model: nn.Module) -> None:
+    """Gives all processes the weights of the first."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        dist.broadcast(tensor.detach(), 0)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Of what the processes' models must have in common: names, shapes, dtypes, and which parameters are trained."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    facts = [(name, tuple(tensor.shape), str(tensor.dtype), tensor.requires_grad) for name, tensor in tensors]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:

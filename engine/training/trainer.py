@@ -18,7 +18,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
-from config_schema import Config
 from engine.errors import EngineError
 from engine.training.block_stack import find_stack
 from engine.training.build import TrainingPlan
@@ -32,6 +31,7 @@ from engine.training.loop import Loop, StepReport
 from engine.training.model import load_model, outputs_of, positions
 from engine.training.parallel import Means
 from engine.training.random_state import RandomState
+from engine.training.ranks import Ranks
 
 
 class Trainer:
@@ -39,7 +39,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: Config,
+        plan: TrainingPlan,
         *,
         model: nn.Module | None = None,
         tokenizer: Callable[[], Any] = lambda: None,
@@ -47,9 +47,9 @@ class Trainer:
     ) -> None:
         """``model`` None loads what the configuration names; ``tokenizer`` is asked for when it is needed;
         ``loss_function(outputs, batch)`` is for models whose outputs hold no loss."""
-        self.config, self.plan = config, TrainingPlan(config)
-        self.settings, self.device, self.ranks = self.plan.settings, self.plan.device, self.plan.ranks
-        self.sizes = self.plan.sizes
+        config = plan.config
+        self.config, self.plan = config, plan
+        self.settings, self.device, self.sizes = plan.settings, plan.device, plan.sizes
         self._tokenizer = tokenizer
         torch.manual_seed(self.settings.seed)
         given, mode = model is not None, self.plan.mode
@@ -71,6 +71,16 @@ class Trainer:
         return self.plan.loop(self.model, self._caller.loss_of, self.means, self._count_update)
 
     @property
+    def ranks(self) -> Ranks:
+        """The processes that train together, of which this is one; this one alone until the others are there."""
+        return self.plan.ranks
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done. Makes no loop: all processes have to do that together."""
+        return self.loop.progress.step if "loop" in vars(self) else 0
+
+    @property
     def sharded(self) -> bool:
         """Whether each process holds only a part of each weight; so from the first step on."""
         return isinstance(self.model, FSDPModule)
@@ -82,17 +92,22 @@ class Trainer:
 
     def train_batch(self, batch: Any) -> StepReport:
         """One optimizer step on this process's part of a batch, a list of micro-batches, or an iterator's next ones."""
+        return self.loop.train_batch(self.micro_batches(batch))
+
+    def micro_batches(self, batch: Any, processes: int = 1) -> list[Any]:
+        """The micro-batches of a step that ``batch`` makes, for as many processes; an iterator's next ones."""
+        sizes, count = self.sizes, self.sizes.accumulation * processes
         if isinstance(batch, Iterator):
-            parts = list(islice(batch, self.sizes.accumulation))
+            parts = list(islice(batch, count))
         else:
-            parts = batch if isinstance(batch, list) else split(batch, self.sizes.micro)
-        if len(parts) != self.sizes.accumulation:
-            sizes = self.sizes
+            parts = batch if isinstance(batch, list) else split(batch, sizes.micro)
+        if len(parts) != count:
+            whose = "in each process" if processes == 1 else f"in each of {processes} processes"
             raise EngineError(
-                f"a step is {sizes.accumulation} micro-batches of {sizes.micro} rows in each process "
+                f"a step is {sizes.accumulation} micro-batches of {sizes.micro} rows {whose} "
                 f"($.training: {sizes.train} in all), got {len(parts)}"
             )
-        return self.loop.train_batch(parts)
+        return parts
 
     def forward(self, batch: Any) -> Any:
         """A micro-batch's outputs, with a ``loss`` to give to :meth:`backward`."""

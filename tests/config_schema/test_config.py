@@ -96,6 +96,10 @@ BROKEN: dict[str, tuple[dict[str, object], list[str]]] = {
             "change one of them"
         ],
     ),
+    "batch sizes that contradict processes": (
+        with_model(training={"train_batch_size": 10, "micro_batch_size": 5, "processes": 4}),
+        ["$.training.train_batch_size: 10 is no multiple of 5 (micro_batch_size) x 4 (processes): change one of them"],
+    ),
     "a loss scale outside of fp16": (
         with_model(training={"micro_batch_size": 1, "loss_scale": {}}, precision="bf16"),
         ['$.training.loss_scale: has no effect with $.precision "bf16": set that to "fp16", or remove this'],

@@ -48,11 +48,11 @@ GOLDEN: dict[str, tuple[object, list[str]]] = {
         [
             '$.training.micro_batch_sise: unknown key, did you mean "micro_batch_size"? (allowed: train_batch_size, '
             "micro_batch_size, accumulation_steps, max_steps, epochs, clip_norm, seed, activation_checkpointing, "
-            "compile, data_parallel, loss_scale, output, checkpoint_every, keep_checkpoints, resume, evaluate_every, "
-            "log_every, tensorboard)",
+            "compile, processes, data_parallel, loss_scale, output, checkpoint_every, keep_checkpoints, resume, "
+            "evaluate_every, log_every, tensorboard)",
             '$.training.acumulation_steps: unknown key, did you mean "accumulation_steps"? (allowed: '
             "train_batch_size, micro_batch_size, accumulation_steps, max_steps, epochs, clip_norm, seed, "
-            "activation_checkpointing, compile, data_parallel, loss_scale, output, checkpoint_every, "
+            "activation_checkpointing, compile, processes, data_parallel, loss_scale, output, checkpoint_every, "
             "keep_checkpoints, resume, evaluate_every, log_every, tensorboard)",
             '$.training.loss_scale.inital: unknown key, did you mean "initial"? (allowed: initial, growth_interval)',
         ],

@@ -99,6 +99,7 @@ def training_strategies() -> dict[str, st.SearchStrategy[Any]]:
                 **dict.fromkeys(("keep_checkpoints", "log_every"), COUNTS),
                 **{name: st.booleans() for name in ("activation_checkpointing", "compile", "resume", "tensorboard")},
                 "seed": SEEDS,
+                "processes": or_null(COUNTS | st.just("auto")),
                 "data_parallel": st.sampled_from(["auto", "replicate", "shard"]),
                 "loss_scale": or_null(section({}, {"initial": POSITIVE, "growth_interval": COUNTS})),
                 "output": or_null(PATHS),
