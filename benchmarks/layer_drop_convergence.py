@@ -13,9 +13,10 @@ batches, masks (by seed), AdamW (weight decay 0.01), clipping to 1, warm-up, the
 50 is held out; its loss is that of all layers. Give each arm a small sweep of --lr, and its best rate a second --seed:
 --plot takes each arm's rate with the lowest final loss, and the first place where its curves reach postln's final loss.
 
-A run is a process, NAME.json (and, done, the model NAME/) its result; start several with CUDA_VISIBLE_DEVICES, or on one
-GPU, which --batch 64 fills by a half: seconds are then longer than alone. One that --seconds cuts leaves a checkpoint in
-NAME.checkpoints/: the same command goes on from there. --probe with a small --steps times layer drop at its theta.
+A run is a process, NAME.json (and, done, the model NAME/) its result; start several with CUDA_VISIBLE_DEVICES, or on
+one GPU, which --batch 64 fills by a half: seconds are then longer than alone. One that --seconds cuts leaves a
+checkpoint in NAME.checkpoints/: the same command goes on from there. --probe with a small --steps times layer drop at
+its theta.
 """
 
 from __future__ import annotations
