@@ -114,6 +114,7 @@ class Workers:
         with self._lock:
             with self._changed:
                 self._answers.clear()
+            self._assert_there()
             for process, body in zip(self._processes, bodies or [b""] * len(self._processes), strict=True):
                 process.say(line, body)
             try:
@@ -132,6 +133,13 @@ class Workers:
             except BaseException as error:
                 self.end(f"{type(error).__name__} ended the call")
                 raise
+
+    def _assert_there(self) -> None:
+        """Raises where a worker has gone since the last call."""
+        if self._failures:
+            error = self._failure()
+            self.end(str(error))
+            raise error
 
     def check(self) -> None:
         """Raises where a worker was broken off: what was exchanged with it means nothing."""
