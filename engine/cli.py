@@ -145,8 +145,12 @@ def _failed(error: Exception, verbose: int) -> int:
 
 
 def _user_error(error: SlipstreamError | str) -> int:
-    for line in str(error).splitlines():
+    lines = str(error).splitlines()
+    traceback = next((at for at, line in enumerate(lines) if line.startswith("Traceback (")), len(lines))
+    for line in lines[:traceback]:
         print(f"{PROG}: error: {line}", file=sys.stderr)
+    for line in lines[traceback:]:  # another process's
+        print(line, file=sys.stderr)
     return USER_ERROR
 
 

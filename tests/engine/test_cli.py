@@ -350,11 +350,12 @@ def test_errors_of_several_lines_are_several_errors(
     from engine import build
 
     def refuse(plan: Any) -> Any:
-        raise EngineError("one\ntwo")
+        raise EngineError("one\ntwo\nTraceback (most recent call last):\n  of a worker")
 
     monkeypatch.setattr(build, "runner", refuse)
     assert cli.main(["run", str(config)]) == 2
-    assert capsys.readouterr().err == "slipstream: error: one\nslipstream: error: two\n"
+    told = "slipstream: error: one\nslipstream: error: two\n"
+    assert capsys.readouterr().err == f"{told}Traceback (most recent call last):\n  of a worker\n"
 
 
 # ---- real processes ----
