@@ -83,7 +83,7 @@ def test_layers_are_those_of_the_schedule(run: Callable[..., Any]) -> None:
     found = run("preln_pld")
     for at, point in enumerate(found["points"]):
         assert point["layers"] == pytest.approx(sum(drawn[6 * at : 6 * at + 6]) / 6)
-    assert "scaled: branches attention.output.dropout, output.dropout" in found["stack"]
+    assert "scaled: branches attention.output.dense, output.dense" in found["stack"]
     assert {point["layers"] for point in run("preln")["points"]} == {3.0}
 
 

@@ -79,7 +79,7 @@ def test_layer_drop_finds_the_stack_and_both_branches(norm: Norm) -> None:
     assert len(drop.stack.blocks) == SMALL.layers
     assert drop.stack.paths[0].endswith("encoder.layer")
     rules = {gate.residual.branches for gate in drop._gates if gate.residual is not None}
-    assert rules == {("attention.output.dropout", "output.dropout")}
+    assert rules == {("attention.output.dense", "output.dense")}
 
 
 def test_random_batches_ask_for_what_they_hide() -> None:
