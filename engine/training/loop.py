@@ -91,7 +91,7 @@ class Loop:
         self.schedule, self.precision = schedule, precision or Precision()
         self.clip_norm, self.accumulation = clip_norm, accumulation
         self._loss, self._reduce = loss, reduce
-        self._parameters = list(model.parameters())  # to look for them takes as long as a layer's forward pass
+        self._parameters = list(model.parameters())  # to look for them walks all modules
         self._losses: list[Tensor] = []
         self._overflowed = False
         self.precision.assert_trains(model)

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.errors import EngineError
 from engine.training.build import TrainingPlan
@@ -80,7 +80,9 @@ class Started:
         self._trainer = trainer
         self._directory = os.getcwd()
         self._workers: Workers | None = None
-        self._seen = _seen(trainer.model)
+        # Looked for once: to walk the modules at every step takes a millisecond.
+        self._tensors = (*trainer.model.parameters(), *trainer.model.buffers())
+        self._kinds, self._versions = _kinds(self._tensors), _versions(self._tensors)
         self._built = fingerprint(trainer.model)
 
     def call(self, name: str, run: Callable[[], T], **arguments: Any) -> T:
@@ -113,7 +115,7 @@ class Started:
             with self._threads():
                 return workers.run(line, own, bodies)
         finally:
-            self._seen = _seen(model)
+            self._versions = _versions(self._tensors)
 
     def _ready(self) -> Workers:
         """The workers, started if they have not been."""
@@ -139,10 +141,11 @@ class Started:
 
     def _changed(self) -> bool:
         """Whether the script has changed weights itself since the last call. What it may not change is told."""
-        model = self._trainer.model
-        if fingerprint(model) != self._built and not self._trainer.sharded:
-            self.assert_here("the model has changed since the engine was built (its parameters, or requires_grad)")
-        return not self._trainer.sharded and _seen(model) != self._seen
+        if self._trainer.sharded:
+            return False
+        if _kinds(self._tensors) != self._kinds:
+            self.assert_here("the model has changed since the engine was built (its dtypes, or requires_grad)")
+        return _versions(self._tensors) != self._versions
 
     def _share_of_threads(self) -> int:
         """On a CPU the processes share its cores."""
@@ -221,6 +224,10 @@ def _plain(value: Any) -> Any:
     raise EngineError(f"a batch for several processes holds tensors, numbers and texts, got {type(value).__name__}")
 
 
-def _seen(model: nn.Module) -> tuple[int, ...]:
-    """What changes where somebody writes into the model's tensors."""
-    return tuple(tensor._version for tensor in (*model.parameters(), *model.buffers()))
+def _kinds(tensors: Sequence[Tensor]) -> list[tuple[torch.dtype, bool]]:
+    return [(tensor.dtype, tensor.requires_grad) for tensor in tensors]
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """What changes where somebody writes into a tensor."""
+    return [tensor._version for tensor in tensors]
