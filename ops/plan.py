@@ -65,6 +65,7 @@ class StepInputs:
     cache:       where keys and values are kept, or None for an encoder.
     rows:        [R] int64: the tokens whose hidden states reach the head, or None for all.
     checked:     whether ids and types are known to lie inside their tables; if not, the plan guards them.
+    meanwhile:   called with the result by a plan that waits for the device, before it waits; others leave it alone.
     memo:        what launches derive from the inputs once a step and share (rotary angles, masks).
     """
 
@@ -75,6 +76,7 @@ class StepInputs:
     cache: CacheView | None = None
     rows: Tensor | None = None
     checked: bool = True
+    meanwhile: Callable[[StepResult], object] | None = field(default=None, compare=False, repr=False)
     memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 

@@ -11,6 +11,8 @@ import pytest
 pytest_plugins = ["pytester", "tests.plugins.house_report"]
 
 ROOT = Path(__file__).resolve().parent.parent
+#: Where other processes find our packages, and then whatever this one was told.
+PYTHONPATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 # Before anything imports torch. With several workers, threads of each would only fight over the same cores.
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -29,9 +29,11 @@ def forward(runner: Runner, rows: Rows | Flat) -> Any:
     """
     if rows.types is not None and not runner.spec.token_types:
         rows = replace(rows, types=None)
-    result = runner.flat(rows) if isinstance(rows, Flat) else runner.whole(rows.ids, rows.types)
     task: Task = runner.spec.head.task if runner.spec.head is not None else "embedding"
-    return _OUTPUTS[task](rows, result)
+    outputs = _OUTPUTS[task]
+    if isinstance(rows, Flat):
+        return runner.flat(rows, lambda result: outputs(rows, result))
+    return outputs(rows, runner.whole(rows.ids, rows.types))
 
 
 def _embedding(rows: Rows | Flat, result: StepResult) -> Any:

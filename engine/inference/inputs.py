@@ -85,7 +85,7 @@ def flat_from(
     if not isinstance(batch, Tensor) or batch.device != device or not batch.numel():
         return None
     _assert_ids(batch)
-    ids = torch.atleast_2d(batch.detach())
+    ids = batch if batch.dim() == 2 else batch[None]
     types = None if token_type_ids is None else _like(ids, token_type_ids, "token_type_ids").to(device, torch.int64)
     shape, lengths = (ids.shape[0], ids.shape[1]), (ids.shape[1],) * ids.shape[0]
     order = None
@@ -94,9 +94,9 @@ def flat_from(
         lengths = tuple(mask.sum(1).tolist())
         if sum(lengths) < ids.numel():
             order = _order(mask.to(device), sum(lengths))
-    kept = [None if one is None else _without_padding(one.to(torch.int64), order, sum(lengths)) for one in (ids, types)]
-    assert kept[0] is not None
-    return Flat(kept[0], kept[1], lengths, shape, order)
+    total = sum(lengths)
+    flat_types = None if types is None else _without_padding(types, order, total)
+    return Flat(_without_padding(ids.to(torch.int64), order, total), flat_types, lengths, shape, order)
 
 
 def _order(mask: Tensor, total: int) -> Tensor:

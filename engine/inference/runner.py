@@ -3,9 +3,10 @@ kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from ops.errors import IdError
 from ops.plan import Bucket, Decoder, DecodeState, KernelSet, StepInputs, StepPlan, StepResult
 from ops.spec import ModelSpec
 from ops.weights import ModelWeights
+
+T = TypeVar("T")
 
 
 class Runner:
@@ -54,15 +57,25 @@ class Runner:
         inputs = StepInputs(tokens, self._tensor(positions), lengths, types, rows=ends)
         return self._plan(Bucket("encode")).run(inputs)
 
-    def flat(self, batch: Flat) -> StepResult:
-        """As :meth:`whole`, for ids that lie on the device: nothing of them comes to the host unless one is wrong.
+    def flat(self, batch: Flat, build: Callable[[StepResult], T]) -> T:
+        """What ``build`` makes of the result of :meth:`whole`, for ids that lie on the device: nothing of them comes to
+        the host unless one is wrong.
 
-        A plan that guards its tables checks them as it runs; for others, the device is asked before.
+        A plan that guards its tables checks them as it runs, and ``build`` works while the device does; for others, the
+        device is asked before.
         """
         if not 0 < min(batch.lengths) <= max(batch.lengths) <= self.spec.max_positions:
             self.check_ids(batch.rows().ids)
         plan = self._plan(Bucket("encode"))
-        inputs = StepInputs(batch.ids, self._positions(batch.lengths), batch.lengths, batch.types, checked=False)
+        built: list[T] = []
+        inputs = StepInputs(
+            batch.ids,
+            self._positions(batch.lengths),
+            batch.lengths,
+            batch.types,
+            checked=False,
+            meanwhile=lambda result: built.append(build(result)),
+        )
         if not plan.guards(inputs):
             if not self._inside(batch.ids, self.spec.vocab_size) or not self._inside(
                 batch.types, self.spec.token_types
@@ -70,10 +83,11 @@ class Runner:
                 self._refuse(batch)
             inputs = replace(inputs, checked=True)
         try:
-            return plan.run(inputs)
+            result = plan.run(inputs)
         except IdError:
             self._refuse(batch)
             raise
+        return built[0] if built else build(result)
 
     @staticmethod
     def _inside(ids: Tensor | None, count: int) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ops.errors import IdError, KernelError
 from ops.generic.launch import assert_indices, power_of_two
 from ops.macro_ops import MacroOps
-from ops.plan import Bucket, Launch, StepInputs, StepPlan, StepState
+from ops.plan import Bucket, Launch, StepInputs, StepPlan, StepResult, StepState
 from ops.spec import ModelSpec
 from ops.triton_support import interpreted
 from ops.weights import ModelWeights
@@ -126,6 +126,7 @@ class EncoderGraphs(ABC):
         self.lock = threading.RLock()
         self._buffers: StepBuffers | None = None
         self._runs: OrderedDict[tuple[Place, bool], _Run] = OrderedDict()
+        self._covered: tuple[tuple[int, ...], bool] = (), False
         self._lengths: tuple[int, ...] = ()
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
@@ -136,14 +137,18 @@ class EncoderGraphs(ABC):
     def forward(self, buffers: StepBuffers, place: Place) -> StaticForward:
         """The launches for ``place`` over ``buffers``, which are always the same."""
 
-    def covers(self, lengths: Sequence[int]) -> bool:
+    def covers(self, lengths: tuple[int, ...]) -> bool:
         """Whether :meth:`run` takes sequences of these lengths, all of them at once."""
-        limits = self.limits
-        return (
-            0 < len(lengths) <= limits.sequences
-            and 0 < min(lengths) <= max(lengths) <= limits.longest
-            and sum(lengths) <= limits.tokens
-        )
+        known, covered = self._covered
+        if lengths != known:  # asked several times a step
+            limits = self.limits
+            covered = (
+                0 < len(lengths) <= limits.sequences
+                and 0 < min(lengths) <= max(lengths) <= limits.longest
+                and sum(lengths) <= limits.tokens
+            )
+            self._covered = lengths, covered
+        return covered
 
     def takes(self, inputs: StepInputs) -> bool:
         """Whether :meth:`step` serves these here and now: a graph cannot be replayed where another is captured."""
@@ -314,6 +319,8 @@ def graph_plan(graphs: EncoderGraphs, ops: MacroOps, fallback: StepPlan) -> Step
             state.hidden = hidden if inputs.rows is None else hidden.index_select(0, inputs.rows)
             if state.outputs is None and graphs.weights.head is not None:
                 state.outputs = ops.head(graphs.spec, graphs.weights.head, state.hidden, inputs)
+            if inputs.meanwhile is not None:
+                inputs.meanwhile(StepResult(state.hidden, state.outputs))
             graphs.finish(inputs)
 
     def guards(inputs: StepInputs) -> bool:

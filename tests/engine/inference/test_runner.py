@@ -14,7 +14,7 @@ from engine.errors import EngineError
 from engine.inference.inputs import flat_from
 from engine.inference.runner import Runner
 from ops.errors import IdError
-from ops.plan import Bucket, Launch, StepInputs, StepPlan, StepState
+from ops.plan import Bucket, Launch, StepInputs, StepPlan, StepResult, StepState
 from tests.engine.tiny import tiny
 
 CPU = torch.device("cpu")
@@ -88,12 +88,12 @@ def test_a_plan_that_guards_its_tables_is_asked_nothing_before(engine: Engine, g
     runner._plans["encode"] = _guarding(own, lambda inputs: guards, seen)
     flat = flat_from(IDS[:2], CPU)
     assert flat is not None
-    runner.flat(flat)
+    runner.flat(flat, hidden_of)
     assert [inputs.checked for inputs in seen] == [not guards]
     assert seen[0].positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
     short = flat_from(IDS[:1, :2], CPU)
     assert short is not None
-    runner.flat(short)
+    runner.flat(short, hidden_of)
     assert seen[1].positions.tolist() == [0, 1]
 
 
@@ -108,7 +108,41 @@ def test_a_guard_that_is_wrong_is_not_hidden(engine: Engine) -> None:
     flat = flat_from(IDS, CPU)
     assert flat is not None
     with pytest.raises(IdError):
-        runner.flat(flat)
+        runner.flat(flat, hidden_of)
+
+
+def hidden_of(result: StepResult) -> torch.Tensor:
+    """What a step gives."""
+    return result.hidden
+
+
+def test_outputs_are_built_before_the_wait(engine: Engine) -> None:
+    """Once, by whichever plan; and not given where the wait finds an id that is wrong."""
+    own = engine._runner()
+    runner = Runner(own.spec, own.weights, own.kernels, own.device, own.group)
+    whole = own._plan(Bucket("encode"))
+    told: list[str] = []
+
+    def waits(state: StepState) -> None:
+        result = whole.run(replace(state.inputs, meanwhile=None))
+        assert state.inputs.meanwhile is not None
+        state.inputs.meanwhile(result)
+        told.append("waited")
+        state.hidden = result.hidden
+        if len(told) > 2:
+            raise IdError("wrong")
+
+    def build(result: StepResult) -> torch.Tensor:
+        told.append("built")
+        return result.hidden + 1
+
+    runner._plans["encode"] = StepPlan(Bucket("encode"), [Launch("x", waits)], guards=lambda inputs: True)
+    flat = flat_from(IDS, CPU)
+    assert flat is not None
+    assert torch.equal(runner.flat(flat, build), own.flat(flat, hidden_of) + 1)
+    assert told == ["built", "waited"]
+    with pytest.raises(IdError):
+        runner.flat(flat, build)
 
 
 def _guarding(runner: Runner, guards: Callable[[StepInputs], bool], seen: list[StepInputs] | None = None) -> StepPlan:

@@ -18,7 +18,7 @@ import transformers
 
 from engine import Engine
 from engine.errors import EngineError
-from tests.conftest import ROOT
+from tests.conftest import PYTHONPATH
 from tests.engine.tiny_text import bpe_tokenizer
 from tests.engine.training.trained import Stack, bert, config, masked, write_labelled
 
@@ -71,7 +71,7 @@ def write(home: Path, **sections: Any) -> Path:
 
 def command(home: Path, *arguments: str) -> subprocess.Popen[str]:
     """``slipstream run`` in the directory."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "engine", "run", "train.json", *arguments],
         cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,

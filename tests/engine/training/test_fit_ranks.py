@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from engine import Engine
-from tests.conftest import ROOT
+from tests.conftest import PYTHONPATH
 from tests.engine.training.fit_ranks import CASES, engine_of, rows
 from tests.engine.training.trained import Stack, bert, config
 
@@ -26,7 +26,7 @@ ALONE, TOGETHER, END = 3, 6, 8
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The script on two processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     return subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=250, env=environment)
 
 

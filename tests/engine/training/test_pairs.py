@@ -10,7 +10,7 @@ from functools import cache
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import PYTHONPATH
 from tests.engine.training import pairs
 from tests.engine.training.pairs import EXACT, PAIRS, ROUNDED, SPREAD, losses
 
@@ -22,7 +22,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[f
     """What two processes found."""
     target = tmp_path_factory.mktemp("pairs") / "found.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", pairs.__file__]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, str(target)], capture_output=True, text=True, timeout=250, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     found: dict[str, tuple[list[float], list[float]]] = json.loads(target.read_text(encoding="utf-8"))

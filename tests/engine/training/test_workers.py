@@ -25,7 +25,7 @@ from engine import Engine
 from engine.errors import EngineError
 from engine.training import workers
 from engine.training.workers import WorkerFailed, first_failure
-from tests.conftest import ROOT
+from tests.conftest import PYTHONPATH
 from tests.engine.tiny_text import bpe_tokenizer
 from tests.engine.training.trained import write_labelled
 
@@ -134,7 +134,7 @@ def is_gone(pid: int) -> bool:
 
 def start(home: Path, *arguments: str) -> subprocess.Popen[str]:
     """Python with our packages, in a process group of its own, as a terminal gives it one."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True,
@@ -235,7 +235,7 @@ def test_steps_are_those_of_one_process(home: Path, tmp_path: Path, caplog: pyte
 
 def test_a_worker_that_fails_shows_why(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An exception while the first process waits for it in an exchange; then kill -9; then one that cannot start."""
-    monkeypatch.setenv("PYTHONPATH", str(home / "breaks"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(home / "breaks"), PYTHONPATH]))
     monkeypatch.setenv("BREAK", "run")
     engine = Engine(document(home, output=str(tmp_path)))
     begun = time.monotonic()

@@ -213,6 +213,11 @@ def test_a_wrong_id_is_told_and_forgotten(device: str, model: str) -> None:
     assert_close(plan.run(short).hidden, exact(one, short).hidden)
 
 
+def hidden_of(result: StepResult) -> torch.Tensor:
+    """What a step gives."""
+    return result.hidden
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_errors_name_the_sequence_and_the_id(device: str, steps: list[tuple[int, ...]]) -> None:
     place = torch.device(device)
@@ -220,14 +225,14 @@ def test_errors_name_the_sequence_and_the_id(device: str, steps: list[tuple[int,
     for wrong, message in ((999, "sequence 1: token id 999 is outside the vocabulary of 50"), (-6, "token id -6 is")):
         ids = torch.tensor([1, 2, 3, wrong, 4], device=device)
         with pytest.raises(EngineError, match=message):
-            runner.flat(Flat(ids, None, (3, 2), (1, 5)))
+            runner.flat(Flat(ids, None, (3, 2), (1, 5)), hidden_of)
         with pytest.raises(EngineError, match=message):
             runner.whole([[1, 2, 3], [wrong, 4]])
     ids = torch.tensor([1, 2, 3, 4, 4], device=device)
     with pytest.raises(EngineError, match="this model's token types go from 0 to 1"):
-        runner.flat(Flat(ids, ids - 2, (3, 2), (1, 5)))
-    found, wanted = runner.flat(Flat(ids, None, (3, 2), (1, 5))), runner.whole([[1, 2, 3], [4, 4]])
-    assert torch.equal(found.hidden, wanted.hidden)
+        runner.flat(Flat(ids, ids - 2, (3, 2), (1, 5)), hidden_of)
+    found = runner.flat(Flat(ids, None, (3, 2), (1, 5)), hidden_of)
+    assert torch.equal(found, runner.whole([[1, 2, 3], [4, 4]]).hidden)
     assert len(steps) == 5, "wrong rows on the host never get so far"
 
 
