@@ -46,11 +46,12 @@ def token_bucket(tokens: int) -> int:
 @dataclass(frozen=True)
 class Limits:
     """What graphs are captured for: up to ``tokens`` tokens, a bucket of them, of up to ``sequences`` sequences, none
-    longer than ``longest``."""
+    longer than ``longest``; and not fewer than ``fewest`` tokens."""
 
     tokens: int
     sequences: int
     longest: int
+    fewest: int = 1
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class EncoderGraphs(ABC):
             covered = (
                 0 < len(lengths) <= limits.sequences
                 and 0 < min(lengths) <= max(lengths) <= limits.longest
-                and sum(lengths) <= limits.tokens
+                and limits.fewest <= sum(lengths) <= limits.tokens
             )
             self._covered = lengths, covered
         return covered
@@ -177,7 +178,8 @@ class EncoderGraphs(ABC):
         if not self.covers(lengths) or ids.shape != (tokens,):
             limits = self.limits
             raise KernelError(
-                f"the encoder path takes up to {limits.tokens} tokens of {limits.sequences} sequences, got {lengths}"
+                f"the encoder path takes {limits.fewest} to {limits.tokens} tokens of up to {limits.sequences} "
+                f"sequences, got {lengths}"
             )
         if self.weights.embed.token_type is None:
             types = None

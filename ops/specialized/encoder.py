@@ -79,9 +79,10 @@ class EncoderPlan(EncoderGraphs):
         tiles: TileChoice = tile_for,
         head: Head | None = None,
         tokens: int = TOKENS,
+        fewest: int = 1,
     ) -> None:
-        """``norms`` says where norms are computed (see :data:`Norms`), ``tiles`` how products are cut, ``tokens`` the
-        largest step.
+        """``norms`` says where norms are computed (see :data:`Norms`), ``tiles`` how products are cut, ``tokens`` and
+        ``fewest`` the largest and smallest step.
 
         ``head`` gets hidden rows [R, hidden] (the first of each sequence if the spec's head says so) and becomes part
         of the graph. Raises :class:`KernelError` for a model that this path cannot run. fp32 weights are taken too.
@@ -91,7 +92,7 @@ class EncoderPlan(EncoderGraphs):
             raise KernelError(
                 f'the encoder path cannot run this {spec.family} model: {reason}; set "kernels" to "generic"'
             )
-        super().__init__(spec, weights, Limits(tokens, SEQUENCES, LONGEST), head)
+        super().__init__(spec, weights, Limits(tokens, SEQUENCES, LONGEST, fewest), head)
         self.norms, self.tiles = norms, tiles
         self._room: Room | None = None
 
@@ -111,7 +112,7 @@ def encoder_step_plan(
     fallback: serves long sequences, large batches, and models that this path does not take.
     tokens:   the largest step that this path takes; None for what was measured to pay.
     """
-    tokens = AHEAD.get((spec.hidden, spec.ffn), 0) if tokens is None else tokens
+    fewest, tokens = AHEAD.get((spec.hidden, spec.ffn), (1, 0)) if tokens is None else (1, tokens)
     if not tokens:
         return fallback
     reason = supports(spec, weights.embed.token.dtype) or _not_plain(weights)
@@ -119,4 +120,4 @@ def encoder_step_plan(
         log.info("no encoder path for this %s model: %s", spec.family, reason)
         return fallback
     head = graph_head(spec, weights, ops)
-    return graph_plan(EncoderPlan(spec, weights, head=head, tokens=tokens), ops, fallback)
+    return graph_plan(EncoderPlan(spec, weights, head=head, tokens=tokens, fewest=fewest), ops, fallback)

@@ -33,6 +33,9 @@ SOURCES = (
 ACTIVATIONS: dict[Activation, int] = {"gelu": 0, "gelu_tanh": 1, "quick_gelu": 2, "relu": 3, "silu": 4, "tanh": 5}
 #: Batches it is compiled for; a batch between two of them takes the larger.
 ROWS = (1, 2, 4, 8, 16)
+#: (hidden, ffn) of models for which the decode plan of ``generic`` was measured ahead beyond so many rows
+#: (benchmarks/RESULTS.md): GPT-Neo 2.7B's 16 rows of 20 heads of 128 take attention three rounds.
+AHEAD_ROWS: dict[tuple[int, int], int] = {(2560, 10240): 8}
 #: Up to this batch, what every block reads lies there twice, so that fewer stand in line for a word.
 COPIED_BATCH = 4
 MAX_SPLITS = 16
@@ -185,6 +188,8 @@ def unfit(spec: ModelSpec, rows: int, device: torch.device) -> str | None:
     """Why the kernel does not serve so many rows of a model that it supports, in one line, or None."""
     if rows not in ROWS:
         return f"the persistent kernel takes up to {ROWS[-1]} rows"
+    if rows > AHEAD_ROWS.get((spec.hidden, spec.ffn), rows):
+        return "that was measured to be faster for a model of this size"
     try:
         Layout.of(spec, rows, blocks_for(spec, device))
     except KernelError as error:

@@ -59,9 +59,9 @@ TABLE: dict[tuple[int, int, int], Tile] = {
     (128, 4096, 1024): Tile(64, 64, 128, 4, 3, 1, 1),
     (128, 1024, 4096): Tile(64, 64, 128, 4, 3, 1, 4),
 }
-#: (hidden, ffn) of the models whose forwards by these tiles were measured ahead of the graph of ``generic``, up to how
-#: many rows. cuBLAS is faster elsewhere (benchmarks/RESULTS.md).
-AHEAD: dict[tuple[int, int], int] = {(768, 3072): 128, (1024, 4096): 128}
+#: (hidden, ffn) of the models whose forwards by these tiles were measured ahead of the graph of ``generic``, from how
+#: many tokens to how many. cuBLAS is faster elsewhere (benchmarks/RESULTS.md).
+AHEAD: dict[tuple[int, int], tuple[int, int]] = {(768, 3072): (17, 128), (1024, 4096): (1, 96)}
 
 
 def candidates(m: int, n: int, k: int, itemsize: int) -> Iterator[Tile]:

@@ -208,7 +208,7 @@ def test_what_it_does_not_cover_goes_to_the_fallback(device: str, lengths: tuple
     assert encoder_step_plan(one, weights, EagerKernels(), guarding, tokens=TOKENS).guards(inputs)
     plan.run(inputs)
     assert seen == [lengths]
-    with pytest.raises(KernelError, match="the encoder path takes up to 1024 tokens of 64 sequences"):
+    with pytest.raises(KernelError, match="the encoder path takes 1 to 1024 tokens of up to 64 sequences"):
         EncoderPlan(one, weights).run(inputs.token_ids, None, lengths)
 
 
@@ -254,12 +254,14 @@ def test_dtypes_and_packed_weights() -> None:
 
 
 def test_only_what_was_measured_ahead_is_taken() -> None:
-    """Without a figure ``generic`` serves; with one this path does, up to that many rows."""
+    """Without a figure ``generic`` serves; with one this path does, from so many tokens to so many."""
     weights, kernels = packed(ENCODER, torch.float16), EagerKernels()
     walked = StepPlan(Bucket("encode"), [Launch("walked", lambda state: None)])
     assert encoder_step_plan(ENCODER, weights, kernels, walked) is walked
     with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(tile_table.AHEAD, (ENCODER.hidden, ENCODER.ffn), 8)
+        patched.setitem(tile_table.AHEAD, (ENCODER.hidden, ENCODER.ffn), (4, 8))
         plan = encoder_step_plan(ENCODER, weights, kernels, walked)
+        assert plan.guards(batch(ENCODER, (3, 1), torch.device("cpu")))
+        assert not plan.guards(batch(ENCODER, (3,), torch.device("cpu")))
         assert plan.guards(batch(ENCODER, (3, 5), torch.device("cpu")))
         assert not plan.guards(batch(ENCODER, (3, 6), torch.device("cpu")))

@@ -164,6 +164,16 @@ def test_what_it_cannot_compute_is_said(changes: dict[str, Any], words: str, mon
     assert "fp16 or bf16" in str(unsupported(decoder(), None, torch.float32, GPU))
 
 
+def test_batches_for_which_another_path_is_faster_are_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(persistent, "blocks_for", lambda spec, device: 132)
+    spec = decoder()
+    assert [persistent.unfit(spec, rows, GPU) for rows in persistent.ROWS] == [None] * 5
+    assert persistent.unfit(spec, 32, GPU) == "the persistent kernel takes up to 16 rows"
+    monkeypatch.setitem(persistent.AHEAD_ROWS, (spec.hidden, spec.ffn), 4)
+    told = "that was measured to be faster for a model of this size"
+    assert [persistent.unfit(spec, rows, GPU) for rows in persistent.ROWS] == [None] * 3 + [told] * 2
+
+
 def test_where_it_cannot_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "compute capability 9.0" in str(unsupported(decoder(), None, torch.float16, torch.device("cpu")))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
