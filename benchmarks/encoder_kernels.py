@@ -2,7 +2,7 @@
 
 Each product of a layer runs in a CUDA graph with dependent launch over more weights than L2 holds; the best tile of
 each shape goes into ``ops/specialized/tile_table.py``. Whole forwards follow: norms fused, folded and in launches of
-their own, beside the generic set in one graph.
+their own; in one persistent kernel; and the generic set in one graph.
 
     python -m benchmarks.encoder_kernels --models base large --tokens 128 384 --json encoder.json
 """
@@ -34,6 +34,7 @@ from ops.plan import Bucket, StepInputs, StepPlan
 from ops.spec import LearnedPositions, ModelSpec
 from ops.specialized.encoder import EncoderPlan
 from ops.specialized.encoder_forward import Norms
+from ops.specialized.persistent_encoder import PersistentEncoder, unsupported
 from ops.specialized.tile_gemm import FoldedNorm, RowNorm, Statistics, Workspace, fold, tile_gemm
 from ops.specialized.tile_table import Tile, candidates, estimate, tile_for
 from ops.triton_support import dependent_launch
@@ -267,6 +268,15 @@ def whole(model: str, tokens: int, chosen: Mapping[tuple[int, int, int], Tile]) 
             return plan.run(ids, None, (tokens,))
 
         rows.append(_row(model, tokens, norms, step(), exact, events_us(plan.again), wall_us(step)))
+    if unsupported(spec, weights, HALF, ids.device) is None and tokens <= 512:
+        persistent = PersistentEncoder(spec, weights)
+
+        def one_kernel() -> Tensor:
+            return persistent.run(ids, None, (tokens,))
+
+        hidden = one_kernel()
+        gpu, wall = events_us(persistent.again), wall_us(one_kernel)
+        rows.append(_row(model, tokens, "persistent", hidden, exact, gpu, wall))
     us = attention_us(spec, tokens)
     print(f"{model:5} {tokens:4} attention alone {us / 1e3:.4f} ms, {us / spec.layers:.2f} us a layer")
     return [*rows, {"model": model, "tokens": tokens, "how": "attention alone", "gpu_us": us}]
@@ -293,7 +303,7 @@ def _row(
 ) -> dict[str, Any]:
     error = float((hidden.float() - exact).norm() / exact.norm())
     on_the_wall = "" if wall is None else f"  wall {wall / 1e3:.4f} ms"
-    print(f"{model:5} {tokens:4} {how:9} gpu {gpu / 1e3:.4f} ms{on_the_wall}  error {error:.1e}", flush=True)
+    print(f"{model:5} {tokens:4} {how:10} gpu {gpu / 1e3:.4f} ms{on_the_wall}  error {error:.1e}", flush=True)
     return {"model": model, "tokens": tokens, "how": how, "gpu_us": gpu, "wall_us": wall, "error": error}
 
 

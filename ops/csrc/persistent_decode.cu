@@ -5,22 +5,6 @@
 
 __device__ __forceinline__ float bias_of(const u16* bias, int row) { return bias ? widen(__ldg(bias + row)) : 0.f; }
 
-__device__ __forceinline__ float activate(float v) {
-#if ACTIVATION == 0
-    return 0.5f * v * (1.f + erff(v * 0.7071067811865476f));
-#elif ACTIVATION == 1
-    return __fdividef(v, 1.f + __expf(-1.5957691216057308f * (v + 0.044715f * v * v * v)));   // x (1 + tanh(u)) / 2 = x sigmoid(2 u)
-#elif ACTIVATION == 2
-    return __fdividef(v, 1.f + __expf(-1.702f * v));
-#elif ACTIVATION == 3
-    return v < 0.f ? 0.f : v;
-#elif ACTIVATION == 4
-    return __fdividef(v, 1.f + __expf(-v));
-#else
-    return tanhf(v);
-#endif
-}
-
 // Two neighbours of a row's queries, keys or values: to where attention looks for them, and into the cache.
 __device__ __forceinline__ void send_fresh(const Block& b, int layer, int m, int row, float x, float y) {
     const u32 pair = narrow2(x, y);

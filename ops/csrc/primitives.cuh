@@ -56,6 +56,23 @@ __device__ __forceinline__ uint4 narrow8(const float* v) {
     return make_uint4(narrow2(v[0], v[1]), narrow2(v[2], v[3]), narrow2(v[4], v[5]), narrow2(v[6], v[7]));
 }
 
+// The activation that the host chose.
+__device__ __forceinline__ float activate(float v) {
+#if ACTIVATION == 0
+    return 0.5f * v * (1.f + erff(v * 0.7071067811865476f));
+#elif ACTIVATION == 1
+    return __fdividef(v, 1.f + __expf(-1.5957691216057308f * (v + 0.044715f * v * v * v)));   // x (1 + tanh(u)) / 2 = x sigmoid(2 u)
+#elif ACTIVATION == 2
+    return __fdividef(v, 1.f + __expf(-1.702f * v));
+#elif ACTIVATION == 3
+    return v < 0.f ? 0.f : v;
+#elif ACTIVATION == 4
+    return __fdividef(v, 1.f + __expf(-v));
+#else
+    return tanhf(v);
+#endif
+}
+
 // d += a b on the tensor cores: a is 16 x 16 (rows: tokens), b is 16 x 8 (columns: rows of the weight), d is fp32.
 __device__ __forceinline__ void mma(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if BF16

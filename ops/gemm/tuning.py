@@ -12,13 +12,13 @@ import json
 import logging
 import os
 import re
-import tempfile
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ops.cache import cache_directory, write_aside
 from ops.errors import KernelError
 from ops.gemm.config import GemmConfig, heuristic, key
 
@@ -40,8 +40,7 @@ def table_name(device: str) -> str:
 
 def user_table(device: str) -> Path:
     """Where this user's table for a GPU lies."""
-    base = os.environ.get("SLIPSTREAM_CACHE")
-    return (Path(base) if base else Path.home() / ".cache" / "slipstream") / "gemm" / table_name(device)
+    return cache_directory() / "gemm" / table_name(device)
 
 
 def read_table(path: Path) -> dict[str, GemmConfig]:
@@ -62,8 +61,7 @@ def read_table(path: Path) -> dict[str, GemmConfig]:
 
 
 def write_table(path: Path, device: str, configs: dict[str, GemmConfig]) -> None:
-    """Writes a table aside and renames it, so that a reader sees all of it or what was there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a table, aside and renamed."""
     plain = GemmConfig("fma", 1, 8)
     lines = []
     for name in sorted(configs):
@@ -76,15 +74,7 @@ def write_table(path: Path, device: str, configs: dict[str, GemmConfig]) -> None
         lines.append(f"    {json.dumps(name)}: {json.dumps(kept)}")
     body = ",\n".join(lines)
     text = f'{{\n  "device": {json.dumps(device)},\n  "version": {_VERSION},\n  "configs": {{\n{body}\n  }}\n}}\n'
-    handle, aside = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
+    write_aside(path, text.encode())
 
 
 @cache

@@ -1,0 +1,143 @@
+// Attention among the rows of a sequence, 16 queries of a head at a time.
+#pragma once
+
+__device__ __forceinline__ ushort2 range(int row) { return ((const ushort2*)(memory + RANGES_AT))[row]; }
+
+// Four words of V, transposed: 16 keys by 16 columns as two operands B.
+__device__ __forceinline__ uint4 load_transposed(u32 at) {
+    uint4 v;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
+    return v;
+}
+
+// 16 queries of a head; each warp takes 32 keys of every 128, and the four put their results together.
+__device__ __forceinline__ void attend(Block& b, int head, int row0) {
+    constexpr int BLOCKS32 = HEAD_DIM / 32, WORDS = HEAD_DIM / 8;
+    const u16* base = b.qkv + head * HEAD_DIM;
+    const int rows[2] = {row0 + b.quad, row0 + b.quad + 8};
+    uint4 q[2][BLOCKS32];
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int i = 0; i < BLOCKS32; ++i) q[half][i] = load_l2(base + (size_t)rows[half] * QKV_SIZE + 32 * i + 8 * b.place);
+    ushort2 own[2] = {range(rows[0]), range(rows[1])};
+    int begin = range(row0).x, end = 0;
+#pragma unroll 1
+    for (int i = 0; i < 16; ++i) end = max(end, (int)range(row0 + i).y);
+    float out[HEAD_DIM / 8][4] = {}, most[2] = {-1e30f, -1e30f}, total[2] = {};
+    const u32 v_at = b.address(SCRATCH_AT) + b.warp * LONGEST_PART * V_PITCH;
+#pragma unroll 1
+    for (int key0 = begin + b.warp * LONGEST_PART; key0 < end; key0 += PARTS) {
+        uint4 k[4][BLOCKS32], v[WORDS];
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+#pragma unroll
+            for (int i = 0; i < BLOCKS32; ++i)
+                k[j][i] = load_l2(base + HIDDEN + (size_t)min(key0 + 8 * j + b.quad, end - 1) * QKV_SIZE + 32 * i + 8 * b.place);
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) {
+            const int piece = b.lane + 32 * i;
+            v[i] = load_l2(base + 2 * HIDDEN + (size_t)min(key0 + piece / WORDS, end - 1) * QKV_SIZE + 8 * (piece % WORDS));
+        }
+        __syncwarp();   // what was there has been read
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) {
+            const int piece = b.lane + 32 * i;
+            *(uint4*)(memory + SCRATCH_AT + (b.warp * LONGEST_PART + piece / WORDS) * V_PITCH + 16 * (piece % WORDS)) = v[i];
+        }
+        float s[4][4] = {};
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+#pragma unroll
+            for (int i = 0; i < BLOCKS32; ++i) {   // words of q and k in the same order: a sum does not mind
+                mma(s[j], q[0][i].x, q[1][i].x, q[0][i].y, q[1][i].y, k[j][i].x, k[j][i].y);
+                mma(s[j], q[0][i].z, q[1][i].z, q[0][i].w, q[1][i].w, k[j][i].z, k[j][i].w);
+            }
+        float newest[2] = {most[0], most[1]};
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int key = key0 + 8 * j + 2 * b.place + i % 2;
+                const bool seen = key >= own[i / 2].x && key < own[i / 2].y;
+                s[j][i] = seen ? s[j][i] * (ATTENTION_SCALE * 1.4426950408889634f) : -1e30f;
+                newest[i / 2] = fmaxf(newest[i / 2], s[j][i]);
+            }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            newest[half] = fmaxf(newest[half], __shfl_xor_sync(~0u, newest[half], 1));
+            newest[half] = fmaxf(newest[half], __shfl_xor_sync(~0u, newest[half], 2));
+            const float keep = exp2f(most[half] - newest[half]);
+            most[half] = newest[half], total[half] *= keep;
+#pragma unroll
+            for (int j = 0; j < HEAD_DIM / 8; ++j) out[j][2 * half] *= keep, out[j][2 * half + 1] *= keep;
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                s[j][i] = s[j][i] > -1e29f ? exp2f(s[j][i] - most[i / 2]) : 0.f;
+                total[i / 2] += s[j][i];
+            }
+        __syncwarp();   // V is there
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {   // 16 keys
+            const u32 a0 = narrow2(s[2 * pair][0], s[2 * pair][1]), a1 = narrow2(s[2 * pair][2], s[2 * pair][3]);
+            const u32 a2 = narrow2(s[2 * pair + 1][0], s[2 * pair + 1][1]), a3 = narrow2(s[2 * pair + 1][2], s[2 * pair + 1][3]);
+#pragma unroll
+            for (int j = 0; j < HEAD_DIM / 16; ++j) {
+                const uint4 w = load_transposed(v_at + (16 * pair + b.lane % 16) * V_PITCH + 32 * j + b.lane / 16 * 16);
+                mma(out[2 * j], a0, a1, a2, a3, w.x, w.y);
+                mma(out[2 * j + 1], a0, a1, a2, a3, w.z, w.w);
+            }
+        }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        total[half] += __shfl_xor_sync(~0u, total[half], 1);
+        total[half] += __shfl_xor_sync(~0u, total[half], 2);
+    }
+    float2* stats = (float2*)(memory + STATS_AT);
+    float* sums = (float*)(memory + SCRATCH_AT);   // [4][16][HEAD_DIM]
+    consumers_sync();   // V has been read
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = b.quad + 8 * half;
+        if (b.place == 0) stats[16 * b.warp + row] = make_float2(most[half], total[half]);
+#pragma unroll
+        for (int j = 0; j < HEAD_DIM / 8; ++j)
+            *(float2*)(sums + (16 * b.warp + row) * HEAD_DIM + 8 * j + 2 * b.place) = make_float2(out[j][2 * half], out[j][2 * half + 1]);
+    }
+    consumers_sync();
+    const int row = b.thread / 8;   // eight threads a row
+    float weights[4], all = 0.f, top = -1e30f;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) top = fmaxf(top, stats[16 * w + row].x);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+        weights[w] = exp2f(stats[16 * w + row].x - top);
+        all += weights[w] * stats[16 * w + row].y;
+    }
+    const float scale = all > 0.f ? 1.f / all : 0.f;
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 16; ++i) {
+        const int n = 2 * (b.thread % 8) + 16 * i;
+        float x = 0.f, y = 0.f;
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+            const float2 v = *(const float2*)(sums + (16 * w + row) * HEAD_DIM + n);
+            x += weights[w] * v.x, y += weights[w] * v.y;
+        }
+        *(u32*)(b.attended + (size_t)(row0 + row) * HIDDEN + head * HEAD_DIM + n) = narrow2(x * scale, y * scale);
+    }
+    consumers_sync();   // the scratch is used again
+}
+
+__device__ __forceinline__ void attention(Block& b) {
+    begin_phase(b);
+    const int units = HEADS * ceil_div(b.rows, 16);
+#pragma unroll 1
+    for (int unit = b.id; unit < units; unit += BLOCKS) attend(b, unit % HEADS, unit / HEADS * 16);
+    arrive(b);
+}

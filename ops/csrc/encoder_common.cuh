@@ -1,0 +1,96 @@
+// What a block of the persistent encoder holds, how products are cut, and how blocks wait for each other. All macros come from
+// the host (ops/specialized/persistent_encoder.py says what each means).
+#pragma once
+
+constexpr int CONSUMERS = 128, THREADS = CONSUMERS + 32;   // a warp group that multiplies, and the warp that feeds it
+constexpr int TILE = 64, X_BYTES = TILE * 128;             // rows and columns of a tile of x
+constexpr int QKV_SIZE = 3 * HIDDEN;
+constexpr int LONGEST_PART = 32;                           // keys a warp takes at a time
+constexpr int PARTS = 4 * LONGEST_PART;
+
+enum Kind { QKV, OUT, UP, DOWN };
+enum LayerPointer { QKV_BIAS, OUT_BIAS, NORM1_WEIGHT, NORM1_BIAS, UP_BIAS, DOWN_BIAS, NORM2_WEIGHT, NORM2_BIAS, LAYER_POINTERS };
+
+struct Map { u64 words[16]; };   // CUtensorMap
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// y = x W^T in units of 64 rows by WIDE columns by K / SPLIT.
+template <int KIND>
+struct Product {
+    static constexpr int N = KIND == QKV ? QKV_SIZE : KIND == UP ? FFN : HIDDEN;
+    static constexpr int K = KIND == DOWN ? FFN : HIDDEN;
+    static constexpr int WIDE = KIND == QKV ? QKV_WIDE : KIND == OUT ? OUT_WIDE : KIND == UP ? UP_WIDE : DOWN_WIDE;
+    static constexpr int SPLIT = KIND == OUT ? OUT_SPLIT : KIND == DOWN ? DOWN_SPLIT : 1;
+    static constexpr int STRIPES = ceil_div(N, WIDE), UNITS = ROW_TILES * STRIPES * SPLIT;
+    static constexpr int STEPS = ceil_div(ceil_div(K, TILE), SPLIT);   // tiles of a unit, the last part's may be fewer
+    static constexpr int W_BYTES = WIDE * 128;
+    static_assert(X_BYTES + W_BYTES <= STAGE_BYTES, "the host has counted less");
+    static __device__ __forceinline__ int rows(int unit) { return unit % ROW_TILES * TILE; }
+    static __device__ __forceinline__ int column(int unit) { return unit / ROW_TILES % STRIPES * WIDE; }
+    static __device__ __forceinline__ int part(int unit) { return unit / (ROW_TILES * STRIPES); }
+    static __device__ __forceinline__ int first(int unit) { return part(unit) * STEPS; }
+    static __device__ __forceinline__ int last(int unit) { return min(first(unit) + STEPS, ceil_div(K, TILE)); }
+};
+
+// Shared memory, in bytes. Tiles begin at multiples of 1024, as their swizzle wants it.
+constexpr int SCRATCH_AT = STAGES * STAGE_BYTES;
+constexpr int V_PITCH = 2 * HEAD_DIM + 16, V_BYTES = 4 * LONGEST_PART * V_PITCH, SUM_BYTES = 4 * 16 * HEAD_DIM * 4;
+constexpr int SCRATCH = V_BYTES > SUM_BYTES ? V_BYTES : SUM_BYTES;
+constexpr int STATS_AT = SCRATCH_AT + SCRATCH;      // [4][16] float2: each warp's maximum and sum of 16 queries; norms' sums
+constexpr int RANGES_AT = STATS_AT + 4 * 16 * 8;    // [ROW_TILES * TILE] ushort2: the sequence of each row, begin and end
+constexpr int FULL_AT = RANGES_AT + ROW_TILES * TILE * 4, EMPTY_AT = FULL_AT + 8 * STAGES;
+static_assert(EMPTY_AT + 8 * STAGES <= SHARED_BYTES, "the host has counted less");
+
+extern __shared__ __align__(1024) char memory[];
+
+struct Block {
+    int id, thread, warp, lane, quad, place;
+    u32 stage, parity;
+    u32 reached;   // of the barrier among blocks: arrivals that stand for what this block has come to
+    const Map* maps;        // of x: normed, attended, activations; then of each layer's four weights
+    const u64* pointers;    // LAYER_POINTERS a layer
+    u16 *normed, *qkv, *attended, *activations;
+    float* partials;        // [SPLIT][rows][HIDDEN]
+    u32* arrivals;
+    int rows;
+    static __device__ __forceinline__ u32 address(int at) { return shared_address(memory) + at; }
+    __device__ __forceinline__ void next_stage() {
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+    __device__ __forceinline__ const u16* constant(int layer, int which) const {
+        return (const u16*)__ldg(pointers + layer * LAYER_POINTERS + which);
+    }
+    __device__ __forceinline__ const Map* weight(int layer, int kind) const { return maps + 3 + 4 * layer + kind; }
+};
+
+// ---- the barrier among blocks: a counter that only grows ----
+
+__device__ __forceinline__ void consumers_sync() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
+
+// What ordinary stores wrote, bulk copies of other multiprocessors will read.
+__device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+__device__ __forceinline__ void arrive(Block& b) {
+    proxy_fence();
+    __threadfence();
+    consumers_sync();
+    if (b.thread == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(b.arrivals) : "memory");
+}
+
+__device__ __forceinline__ void await_blocks(const Block& b, u32 wanted) {
+    Watchdog dog;
+    u32 found;
+    while (true) {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(b.arrivals) : "memory");
+        if ((int)(found - wanted) >= 0) break;
+        dog.tick();
+    }
+    proxy_fence();
+}
+
+// All consumers, behind the phase before.
+__device__ __forceinline__ void begin_phase(Block& b) {
+    if (b.thread == 0) await_blocks(b, b.reached);
+    consumers_sync();
+}

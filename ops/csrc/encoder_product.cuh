@@ -1,0 +1,172 @@
+// Products on the tensor cores, fed by one lane that runs ahead of them.
+#pragma once
+
+// ---- the feeding warp: one lane of it ----
+
+__device__ __forceinline__ void tile_copy(u32 to, const Map* map, int column, int row, u32 bar) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(bar) : "memory");
+}
+
+__device__ __forceinline__ void tile_prefetch(const Map* map, int column, int row) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row) : "memory");
+}
+
+// To L2, what this block will need of a product.
+template <int KIND>
+__device__ __forceinline__ void prefetch_weights(const Block& b, int layer) {
+    using P = Product<KIND>;
+    if (layer >= LAYERS) return;
+    for (int unit = b.id; unit < P::UNITS; unit += BLOCKS)
+        for (int k = P::first(unit); k < P::last(unit); ++k) tile_prefetch(b.weight(layer, KIND), TILE * k, P::column(unit));
+}
+
+// The tiles of all units of a product, weights first: those for which the ring has room before x is there.
+template <int KIND>
+__device__ __forceinline__ void feed(Block& b, int layer, int x_map) {
+    using P = Product<KIND>;
+    struct Held { u32 stage; int k, row; } held[STAGES];
+    int holding = 0;
+    bool ready = false;
+    const Map *x = b.maps + x_map, *w = b.weight(layer, KIND);
+    auto copy_x = [&](u32 stage, int k, int row) {
+        tile_copy(b.address(0) + stage * STAGE_BYTES, x, TILE * k, row, b.address(FULL_AT) + 8 * stage);
+    };
+    auto release = [&] {
+        await_blocks(b, b.reached);
+        for (int i = 0; i < holding; ++i) copy_x(held[i].stage, held[i].k, held[i].row);
+        ready = true;
+    };
+#pragma unroll 1
+    for (int unit = b.id; unit < P::UNITS; unit += BLOCKS) {
+#pragma unroll 1
+        for (int k = P::first(unit); k < P::last(unit); ++k) {
+            if (!ready && holding == STAGES) release();
+            const u32 full = b.address(FULL_AT) + 8 * b.stage;
+            barrier_wait(b.address(EMPTY_AT) + 8 * b.stage, b.parity ^ 1);
+            barrier_expect(full, X_BYTES + P::W_BYTES);
+            tile_copy(b.address(0) + b.stage * STAGE_BYTES + X_BYTES, w, TILE * k, P::column(unit), full);
+            if (ready) copy_x(b.stage, k, P::rows(unit));
+            else held[holding++] = {b.stage, k, P::rows(unit)};
+            b.next_stage();
+        }
+    }
+    if (!ready && holding) release();
+}
+
+__device__ __forceinline__ void feed_all(Block& b) {
+    prefetch_weights<OUT>(b, 0);
+    for (int layer = 0; layer < LAYERS; ++layer) {   // begin_phase's counts, in the same order
+        feed<QKV>(b, layer, 0);
+        prefetch_weights<UP>(b, layer);
+        b.reached += 2 * BLOCKS;   // QKV, attention
+        feed<OUT>(b, layer, 1);
+        prefetch_weights<DOWN>(b, layer);
+        b.reached += 2 * BLOCKS;   // projection, norm
+        feed<UP>(b, layer, 0);
+        prefetch_weights<QKV>(b, layer + 1);
+        b.reached += BLOCKS;       // up
+        feed<DOWN>(b, layer, 2);
+        prefetch_weights<OUT>(b, layer + 1);
+        b.reached += 2 * BLOCKS;   // down, norm
+    }
+}
+
+// ---- products ----
+
+// A tile of 64 columns of 16 bits, rows of 128 bytes, swizzled by 128 bytes: K runs along the rows.
+__device__ __forceinline__ u64 descriptor(u32 at) {
+    return (u64)((at & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+
+__device__ __forceinline__ void group_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void group_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// The sums are there: nothing that reads them may be moved before this.
+template <int COUNT>
+__device__ __forceinline__ void settle(float* d) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+template <int LEFT>
+__device__ __forceinline__ void group_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory"); }
+
+// One unit's sums: d[4 j + i] is row quad + i / 2 * 8 of the warp's 16, column 8 j + 2 place + i % 2.
+template <int KIND>
+__device__ __forceinline__ void multiply(Block& b, int unit, float* d) {
+    using P = Product<KIND>;
+    u32 before = 0;
+#pragma unroll
+    for (int i = 0; i < P::WIDE / 2; ++i) d[i] = 0.f;
+    const int steps = P::last(unit) - P::first(unit);
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+        const u32 at = b.address(0) + b.stage * STAGE_BYTES;
+        barrier_wait(b.address(FULL_AT) + 8 * b.stage, b.parity);
+        const u64 x = descriptor(at), w = descriptor(at + X_BYTES);
+        group_fence();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) Group<P::WIDE>::mma(d, x + 2 * k, w + 2 * k);   // 16 columns are 32 bytes
+        group_commit();
+        group_wait<1>();
+        if (step && b.lane == 0) barrier_arrive(b.address(EMPTY_AT) + 8 * before);
+        before = b.stage;
+        b.next_stage();
+    }
+    group_wait<0>();
+    settle<P::WIDE / 2>(d);
+    if (b.lane == 0) barrier_arrive(b.address(EMPTY_AT) + 8 * before);
+}
+
+// A block that has nothing of a product to compute must not arrive before the phase before is over: it would be counted for
+// one that has not arrived yet.
+template <int KIND>
+__device__ __forceinline__ void begin_product(Block& b) {
+    if (b.id >= Product<KIND>::UNITS) begin_phase(b);
+}
+
+// QKV and up: bias, activation, and 16-bit rows.
+template <int KIND>
+__device__ __forceinline__ void whole_product(Block& b, int layer, u16* out) {
+    using P = Product<KIND>;
+    const u16* bias = b.constant(layer, KIND == QKV ? QKV_BIAS : UP_BIAS);
+    begin_product<KIND>(b);
+    for (int unit = b.id; unit < P::UNITS; unit += BLOCKS) {
+        float d[P::WIDE / 2];
+        multiply<KIND>(b, unit, d);
+        const int row = P::rows(unit) + 16 * b.warp + b.quad, column = P::column(unit) + 2 * b.place;
+#pragma unroll
+        for (int j = 0; j < P::WIDE / 8; ++j) {
+            const int n = column + 8 * j;
+            if (n >= P::N) break;
+            const u32 pair = bias ? __ldg((const u32*)(bias + n)) : 0;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float x = d[4 * j + 2 * half] + low_of(pair), y = d[4 * j + 2 * half + 1] + high_of(pair);
+                if (KIND == UP) x = activate(x), y = activate(y);
+                *(u32*)(out + (size_t)(row + 8 * half) * P::N + n) = narrow2(x, y);
+            }
+        }
+    }
+    arrive(b);
+}
+
+// Projection and down: sums of one part of K, for the norm behind them.
+template <int KIND>
+__device__ __forceinline__ void split_product(Block& b) {
+    using P = Product<KIND>;
+    begin_product<KIND>(b);
+    for (int unit = b.id; unit < P::UNITS; unit += BLOCKS) {
+        float d[P::WIDE / 2];
+        multiply<KIND>(b, unit, d);
+        const int row = P::rows(unit) + 16 * b.warp + b.quad, column = P::column(unit) + 2 * b.place;
+        float* out = b.partials + (size_t)P::part(unit) * (ROW_TILES * TILE * HIDDEN);
+#pragma unroll
+        for (int j = 0; j < P::WIDE / 8; ++j) {
+            const int n = column + 8 * j;
+            if (n >= P::N) break;
+            *(float2*)(out + (size_t)row * HIDDEN + n) = make_float2(d[4 * j], d[4 * j + 1]);
+            *(float2*)(out + (size_t)(row + 8) * HIDDEN + n) = make_float2(d[4 * j + 2], d[4 * j + 3]);
+        }
+    }
+    arrive(b);
+}

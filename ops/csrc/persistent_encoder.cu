@@ -1,0 +1,133 @@
+// All layers of a post-norm encoder in one launch, for a few hundred tokens. One block a multiprocessor stays resident and takes
+// its part of each phase: QKV, attention, projection, norm, up, down, norm. Products are 64 rows high; their operands come as
+// tiles of 64 columns through a ring in shared memory, by one warp that runs ahead: weights are asked for before the phase
+// begins, x as soon as all blocks have written it. A long K is cut in parts, whose sums the norm behind them adds up.
+
+// ---- norms ----
+
+__device__ __forceinline__ float2 load_float2(const float* p) {
+    float2 v;
+    asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ u32 load_pair(const u16* p) {
+    u32 v;
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ float sum_of_consumers(const Block& b, float value, int turn) {
+    float* sums = (float*)(memory + STATS_AT) + 4 * turn;
+#pragma unroll
+    for (int step = 16; step; step >>= 1) value += __shfl_xor_sync(~0u, value, step);
+    if (b.lane == 0) sums[b.warp] = value;
+    consumers_sync();
+    return sums[0] + sums[1] + sums[2] + sums[3];
+}
+
+// normed = norm(normed + the parts' sum + bias), a row at a time.
+template <int SPLIT>
+__device__ __forceinline__ void add_and_norm(Block& b, const u16* bias, const u16* gain, const u16* shift) {
+    constexpr int EACH = ceil_div(HIDDEN / 2, CONSUMERS);
+    begin_phase(b);
+#pragma unroll 1
+    for (int row = b.id; row < b.rows; row += BLOCKS) {
+        float2 v[EACH];
+        u16* stream = b.normed + (size_t)row * HIDDEN;
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const int n = 2 * min(b.thread + i * CONSUMERS, HIDDEN / 2 - 1);
+            const u32 old = load_pair(stream + n), added = bias ? __ldg((const u32*)(bias + n)) : 0;
+            v[i] = make_float2(low_of(old) + low_of(added), high_of(old) + high_of(added));
+#pragma unroll
+            for (int part = 0; part < SPLIT; ++part) {
+                const float2 sum = load_float2(b.partials + ((size_t)part * (ROW_TILES * TILE) + row) * HIDDEN + n);
+                v[i].x += sum.x, v[i].y += sum.y;
+            }
+        }
+        float sum = 0.f, squares = 0.f;
+#pragma unroll
+        for (int i = 0; i < EACH; ++i)
+            if (b.thread + i * CONSUMERS < HIDDEN / 2) sum += v[i].x + v[i].y;
+        const float mean = RMS_NORM ? 0.f : sum_of_consumers(b, sum, 0) * (1.f / HIDDEN);
+#pragma unroll
+        for (int i = 0; i < EACH; ++i)
+            if (b.thread + i * CONSUMERS < HIDDEN / 2) {
+                const float x = v[i].x - mean, y = v[i].y - mean;
+                squares += x * x + y * y;
+            }
+        const float scale = rsqrtf(sum_of_consumers(b, squares, 1) * (1.f / HIDDEN) + NORM_EPS);
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const int n = 2 * (b.thread + i * CONSUMERS);
+            if (n >= HIDDEN) break;
+            const u32 g = __ldg((const u32*)(gain + n)), s = shift ? __ldg((const u32*)(shift + n)) : 0;
+            *(u32*)(stream + n) = narrow2((v[i].x - mean) * scale * low_of(g) + low_of(s),
+                                          (v[i].y - mean) * scale * high_of(g) + high_of(s));
+        }
+        consumers_sync();   // the sums are used again
+    }
+    arrive(b);
+}
+
+// ---- the two sides ----
+
+// Where each row's sequence begins and ends; a row of none has an empty one.
+__device__ __forceinline__ void find_sequences(const Block& b, const int* starts, int sequences) {
+    for (int row = b.thread; row < ROW_TILES * TILE; row += CONSUMERS) {
+        ushort2 found = make_ushort2(0, 0);
+        for (int i = 0; i < sequences; ++i) {
+            const int begin = starts[i], end = starts[i + 1];
+            if (begin <= row && row < end) found = make_ushort2(begin, end);
+        }
+        ((ushort2*)(memory + RANGES_AT))[row] = found;
+    }
+    consumers_sync();
+}
+
+__device__ __forceinline__ void consume_all(Block& b) {
+    for (int layer = 0; layer < LAYERS; ++layer) {
+        whole_product<QKV>(b, layer, b.qkv);
+        b.reached += BLOCKS;
+        attention(b);
+        b.reached += BLOCKS;
+        split_product<OUT>(b);
+        b.reached += BLOCKS;
+        add_and_norm<OUT_SPLIT>(b, b.constant(layer, OUT_BIAS), b.constant(layer, NORM1_WEIGHT), b.constant(layer, NORM1_BIAS));
+        b.reached += BLOCKS;
+        whole_product<UP>(b, layer, b.activations);
+        b.reached += BLOCKS;
+        split_product<DOWN>(b);
+        b.reached += BLOCKS;
+        add_and_norm<DOWN_SPLIT>(b, b.constant(layer, DOWN_BIAS), b.constant(layer, NORM2_WEIGHT), b.constant(layer, NORM2_BIAS));
+        b.reached += BLOCKS;
+    }
+}
+
+// `turns` is where the last launch left the counter of arrivals, for each block: the same for all.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+persistent_encoder(const Map* maps, const u64* pointers, u16* normed, u16* qkv, u16* attended, u16* activations, float* partials,
+                   u32* arrivals, u32* turns, const int* starts, int sequences, int rows) {
+    Block b;
+    b.id = blockIdx.x, b.thread = threadIdx.x, b.warp = __shfl_sync(~0u, threadIdx.x / 32, 0), b.lane = threadIdx.x % 32;
+    b.quad = b.lane / 4, b.place = b.lane % 4, b.stage = b.parity = 0;
+    b.maps = maps, b.pointers = pointers, b.normed = normed, b.qkv = qkv, b.attended = attended, b.activations = activations;
+    b.partials = partials, b.arrivals = arrivals, b.rows = rows;
+    b.reached = turns[b.id];
+    if (b.thread == 0) {
+        for (int i = 0; i < STAGES; ++i) {
+            barrier_init(b.address(FULL_AT) + 8 * i, 1);
+            barrier_init(b.address(EMPTY_AT) + 8 * i, 4);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    if (b.warp == CONSUMERS / 32) {
+        if (b.lane == 0) feed_all(b);
+    } else {
+        find_sequences(b, starts, sequences);
+        consume_all(b);
+        if (b.thread == 0) turns[b.id] = b.reached;
+    }
+}

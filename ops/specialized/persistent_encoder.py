@@ -1,0 +1,389 @@
+"""The persistent encoder kernel (``ops/csrc/persistent_encoder.cu``), compiled by NVRTC for one model and number of
+rows.
+
+One launch computes all layers: every block stays on its multiprocessor and takes its part of each phase, a warp of it
+brings weights in before the phase begins that needs them, and phases are parted by a counter in L2. Launches of their
+own leave the memory idle between any two of them, and cannot ask for weights so early.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ops.cache import cache_directory, write_aside
+from ops.errors import KernelError
+from ops.generic.encoder_graph import EncoderGraphs, Head, Limits, Place, StaticForward, StepBuffers
+from ops.generic.launch import power_of_two
+from ops.spec import LearnedPositions, ModelSpec
+from ops.specialized.encoder_rows import Tables, embed_sequences, norm_rows
+from ops.specialized.persistent import ACTIVATIONS, SHARED_LIMIT
+from ops.specialized.tile_gemm import Statistics
+from ops.specialized.tile_map import TILE, Driver
+from ops.weights import LayerWeights, Linear, ModelWeights, Norm
+
+log = logging.getLogger("slipstream.kernels")
+
+SOURCES = ("encoder_common.cuh", "encoder_product.cuh", "encoder_attention.cuh", "persistent_encoder.cu")
+THREADS, PARTS = 160, 128
+#: Columns that one instruction multiplies with, at most, and the fewest tiles that are on their way at a time.
+WIDEST, FEWEST_STAGES, MOST_STAGES = 256, 4, 24
+#: For the choice of units. Bytes that one multiprocessor, and all, get from L2 in a microsecond; multiplications.
+INGEST, L2, RATE = 90e3, 5.5e6, 2.5e6
+LAYER_POINTERS = 8
+
+
+def ceil_div(a: int, b: int) -> int:
+    """``a / b``, rounded up."""
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Units:
+    """How a product [64 * row_tiles, k] by [n, k] is cut: ``wide`` columns, and K in ``split`` parts."""
+
+    wide: int
+    split: int
+
+    @classmethod
+    def of(cls, n: int, k: int, row_tiles: int, blocks: int, *, splits: bool) -> Units:
+        """The cut that should take the shortest."""
+        tiles = ceil_div(k, TILE)
+        # Every part has a tile.
+        parts = [split for split in (1, 2, 3, 4, 6, 8, 12, 16) if (split - 1) * ceil_div(tiles, split) < tiles]
+        parts = parts if splits else [1]
+        found = [cls(wide, split) for wide in range(16, WIDEST + 1, 8) for split in parts]
+        return min(found, key=lambda units: units.microseconds(n, k, row_tiles, blocks))
+
+    def microseconds(self, n: int, k: int, row_tiles: int, blocks: int) -> float:
+        """What it may take: the way from L2 or the tensor cores, and the parts' sums, written and read."""
+        steps = ceil_div(ceil_div(k, TILE), self.split)
+        count = row_tiles * ceil_div(n, self.wide) * self.split
+        size = 2 * TILE * steps * (TILE + self.wide)
+        one = max(size / INGEST, TILE * self.wide * TILE * steps / RATE) + 0.5
+        sums = 8 * TILE * row_tiles * n * self.split / L2 if self.split > 1 else 0.0
+        return max(ceil_div(count, blocks) * one, count * size / L2) + sums
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The kernel's sizes for so many tiles of rows on so many blocks."""
+
+    row_tiles: int
+    blocks: int
+    qkv: Units
+    out: Units
+    up: Units
+    down: Units
+    stage_bytes: int
+    stages: int
+
+    @property
+    def units(self) -> tuple[Units, ...]:
+        """Of the products, in their order."""
+        return self.qkv, self.out, self.up, self.down
+
+    @classmethod
+    def of(cls, spec: ModelSpec, row_tiles: int, blocks: int) -> Layout:
+        """The layout for a model that :func:`unsupported` has let through."""
+        shapes = (
+            (3 * spec.hidden, spec.hidden, False),
+            (spec.hidden, spec.hidden, True),
+            (spec.ffn, spec.hidden, False),
+            (spec.hidden, spec.ffn, True),
+        )
+        qkv, out, up, down = (Units.of(n, k, row_tiles, blocks, splits=splits) for n, k, splits in shapes)
+        return cls.cut(spec, row_tiles, blocks, qkv, out, up, down)
+
+    @classmethod
+    def cut(
+        cls, spec: ModelSpec, row_tiles: int, blocks: int, qkv: Units, out: Units, up: Units, down: Units
+    ) -> Layout:
+        """The layout with products cut like that, and as long a ring as there is room for."""
+        scratch = max(PARTS * (2 * spec.head_dim + 16), 4 * 16 * spec.head_dim * 4)
+        rest = scratch + 4 * 16 * 8 + row_tiles * TILE * 4 + MOST_STAGES * 16 + 1024
+        stage = 128 * (TILE + max(qkv.wide, out.wide, up.wide, down.wide))
+        stages = min((SHARED_LIMIT - rest) // stage, MOST_STAGES)
+        if stages < FEWEST_STAGES:
+            raise KernelError(f"the persistent encoder's shared memory does not hold {spec.hidden} columns")
+        return cls(row_tiles, blocks, qkv, out, up, down, stage, stages)
+
+
+#: Chooses the layout for a model, tiles of rows and blocks.
+Choice = Callable[[ModelSpec, int, int], Layout]
+
+
+def unsupported(spec: ModelSpec, weights: ModelWeights | None, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the kernel cannot run this model, in one line, or None."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return "it needs a Hopper GPU (compute capability 9.0)"
+    if importlib.util.find_spec("cupy") is None:
+        return "it needs CuPy (pip install cupy-cuda12x)"
+    return structure(spec, dtype) or (None if weights is None else _not_plain(weights))
+
+
+def structure(spec: ModelSpec, dtype: torch.dtype) -> str | None:
+    """Why no GPU would do, in one line, or None."""
+    reasons = {
+        "it computes in fp16 or bf16": dtype not in (torch.float16, torch.bfloat16),
+        "norms stand behind the halves of its layers": spec.placement != "post",
+        "it is for encoders": spec.causal,
+        "heads of keys and values are as many as of queries": spec.kv_heads != spec.heads,
+        "its heads are as wide as the model": spec.q_size != spec.hidden,
+        f"head size {spec.head_dim} is no multiple of 32 up to 128": spec.head_dim % 32 != 0 or spec.head_dim > 128,
+        f"hidden {spec.hidden} and ffn {spec.ffn} are no multiples of 64": bool(spec.hidden % 64 or spec.ffn % 64),
+        "positions are learned": not isinstance(spec.positions, LearnedPositions),
+        "attention is plain": bool(spec.attention_softcap or spec.qk_norm or any(map(spec.window, range(spec.layers)))),
+        "its feed-forward is plain": spec.gated,
+        "its embeddings are as wide as the model": spec.embedding_size is not None,
+        "it has layers": spec.layers == 0,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def _not_plain(weights: ModelWeights) -> str | None:
+    linears = [linear for layer in weights.layers for linear in (layer.qkv, layer.out, layer.up, layer.down)]
+    found = next((linear.weight for linear in linears if not isinstance(linear.weight, Tensor)), None)
+    return None if found is None else f"it reads plain weights, not {type(found).__name__}"
+
+
+def macros(spec: ModelSpec, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
+    """What the source is compiled with."""
+    integers = {
+        "BF16": int(dtype == torch.bfloat16), "LAYERS": spec.layers, "HIDDEN": spec.hidden, "FFN": spec.ffn,
+        "HEADS": spec.heads, "HEAD_DIM": spec.head_dim, "RMS_NORM": int(spec.norm == "rmsnorm"),
+        "ACTIVATION": ACTIVATIONS[spec.activation], "BLOCKS": layout.blocks, "ROW_TILES": layout.row_tiles,
+        "QKV_WIDE": layout.qkv.wide, "OUT_WIDE": layout.out.wide, "UP_WIDE": layout.up.wide,
+        "DOWN_WIDE": layout.down.wide, "OUT_SPLIT": layout.out.split, "DOWN_SPLIT": layout.down.split,
+        "STAGE_BYTES": layout.stage_bytes, "STAGES": layout.stages, "SHARED_BYTES": SHARED_LIMIT,
+    }  # fmt: skip
+    floats = {"NORM_EPS": spec.norm_eps, "ATTENTION_SCALE": spec.attention_scale}
+    return {**{k: str(v) for k, v in integers.items()}, **{k: f"{float(v)!r}f" for k, v in floats.items()}}
+
+
+def source(spec: ModelSpec, layout: Layout, dtype: torch.dtype) -> str:
+    """The CUDA source in one piece, with the instructions that it needs."""
+    defines = "".join(f"#define {name} {value}\n" for name, value in macros(spec, layout, dtype).items())
+    widths = sorted({units.wide for units in layout.units})
+    instructions = [_instruction(wide, dtype) for wide in widths]
+    return "\n".join([defines, _text("primitives.cuh"), *instructions, *map(_text, SOURCES)])
+
+
+@cache
+def _text(name: str) -> str:
+    return (Path(__file__).parent.parent / "csrc" / name).read_text("utf-8").replace("#pragma once", "")
+
+
+def _instruction(wide: int, dtype: torch.dtype) -> str:
+    """``Group<wide>::mma``: 64 rows by ``wide`` columns by 16, whose operands descriptors name. It has an operand for
+    each sum, as many as half the columns."""
+    kind = "bf16" if dtype == torch.bfloat16 else "f16"
+    count = wide // 2
+    sums = ", ".join(f"%{i}" for i in range(count))
+    operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    first = "template <int WIDE> struct Group;\n"
+    return (
+        f"{first}template <> struct Group<{wide}> {{\n"
+        "static __device__ __forceinline__ void mma(float* d, u64 x, u64 w) {\n"
+        f'asm volatile("wgmma.mma_async.sync.aligned.m64n{wide}k16.f32.{kind}.{kind} {{{sums}}}, '
+        f'%{count}, %{count + 1}, 1, 1, 1, 0, 0;" : {operands} : "l"(x), "l"(w));\n}}\n}};\n'
+    )
+
+
+def compile_kernel(text: str) -> Any:
+    """The kernel of a :func:`source`, on the current device. It needs instructions of Hopper alone (sm_90a), which
+    CuPy does not ask for by itself; what NVRTC gives is kept in ``$SLIPSTREAM_CACHE``."""
+    import cupy
+
+    path = cache_directory() / "kernels" / f"encoder-{hashlib.sha256(text.encode()).hexdigest()[:32]}.cubin"
+    try:
+        if not path.is_file():
+            log.info("compiling the encoder kernel: seconds the first time, cached in %s after", path.parent)
+            write_aside(path, _compiled(text))
+        kernel = cupy.RawModule(path=str(path)).get_function("persistent_encoder")
+        kernel.max_dynamic_shared_size_bytes = SHARED_LIMIT
+    except (cupy.cuda.compiler.CompileException, cupy.cuda.driver.CUDADriverError, OSError) as error:
+        raise KernelError(
+            f'the encoder kernel does not compile here ({str(error)[:300]}): set "kernels" to "generic"'
+        ) from error
+    return kernel
+
+
+def _compiled(text: str) -> bytes:
+    from cupy.cuda import nvrtc
+    from cupy.cuda.compiler import CompileException
+
+    options = ("--gpu-architecture=sm_90a", "--std=c++17")
+    program = nvrtc.createProgram(text, "persistent_encoder.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, options)
+        found: bytes = nvrtc.getCUBIN(program)
+    except nvrtc.NVRTCError as error:
+        told = nvrtc.getProgramLog(program)
+        raise CompileException(told, text, "persistent_encoder.cu", options, "nvrtc") from error
+    finally:
+        nvrtc.destroyProgram(program)
+    return found
+
+
+class EncoderRoom:
+    """The kernel's buffers, which all buckets of a model share."""
+
+    def __init__(self, spec: ModelSpec, weights: ModelWeights, tokens: int, layout: Choice) -> None:
+        """For steps of up to ``tokens`` tokens."""
+        like = weights.embed.token
+        device, rows = like.device, ceil_div(tokens, TILE) * TILE
+        self.blocks = torch.cuda.get_device_properties(device).multi_processor_count
+        self.layouts = {tiles: layout(spec, tiles, self.blocks) for tiles in range(1, rows // TILE + 1)}
+
+        def room(columns: int) -> Tensor:
+            return torch.zeros(rows, columns, dtype=like.dtype, device=device)
+
+        self.embedded, self.normed, self.attended = room(spec.hidden), room(spec.hidden), room(spec.hidden)
+        self.qkv, self.activations = room(3 * spec.hidden), room(spec.ffn)
+        parts = max(one.row_tiles * max(one.out.split, one.down.split) for one in self.layouts.values())
+        self.partials = torch.zeros(parts * TILE * spec.hidden, dtype=torch.float32, device=device)
+        self.statistics = torch.zeros(2 * rows * ceil_div(spec.hidden, TILE), dtype=torch.float32, device=device)
+        self.arrivals = torch.zeros(1, dtype=torch.int32, device=device)
+        self.turns = torch.zeros(self.blocks, dtype=torch.int32, device=device)
+        words = [_address(part) for layer in weights.layers for part in _constants(layer)]
+        self.pointers = torch.tensor(words, dtype=torch.int64).to(device)
+        self.kernels: dict[int, tuple[Any, Tensor]] = {}
+
+    def kernel(self, spec: ModelSpec, weights: ModelWeights, tiles: int) -> tuple[Any, Tensor]:
+        """The kernel for so many tiles of rows, and its tile maps."""
+        if tiles not in self.kernels:
+            layout, driver = self.layouts[tiles], Driver()
+            maps = [driver.tile_map(x, TILE) for x in (self.normed, self.attended, self.activations)]
+            for layer in weights.layers:
+                pairs = (
+                    (layer.qkv, layout.qkv),
+                    (layer.out, layout.out),
+                    (layer.up, layout.up),
+                    (layer.down, layout.down),
+                )
+                maps += [driver.tile_map(_weight(linear), units.wide) for linear, units in pairs]
+            device = self.normed.device
+            with torch.cuda.device(device):
+                kernel = compile_kernel(source(spec, layout, self.normed.dtype))
+            table = torch.frombuffer(bytearray(b"".join(maps)), dtype=torch.uint8).to(device)
+            self.kernels[tiles] = kernel, table
+        return self.kernels[tiles]
+
+
+class PersistentForward:
+    """The launches of one :class:`Place`: embeddings, their norm, and the kernel. Enqueues them when called."""
+
+    def __init__(
+        self, spec: ModelSpec, weights: ModelWeights, buffers: StepBuffers, room: EncoderRoom, place: Place
+    ) -> None:
+        self.spec, self.weights, self.buffers, self.room, self.place = spec, weights, buffers, room, place
+        self._kernel, self._maps = room.kernel(spec, weights, ceil_div(place.rows, TILE))
+
+    def __call__(self) -> Tensor:
+        """The hidden states behind the last norm [rows, hidden], in a buffer that the next call overwrites."""
+        self._embed()
+        self._launch()
+        return self.room.normed[: self.place.rows]
+
+    def first_rows(self) -> Tensor:
+        """The first row of each sequence behind the last norm; of sequences that are not there, rows of no meaning."""
+        return self.room.normed.index_select(0, self.buffers.starts[: self.place.sequences])
+
+    def _embed(self) -> None:
+        spec, buffers, room, embed, rows = self.spec, self.buffers, self.room, self.weights.embed, self.place.rows
+        assert isinstance(spec.positions, LearnedPositions)
+        tables = Tables(embed.token, embed.position, spec.positions.offset, embed.token_type, spec.embedding_scale)
+        parts = ceil_div(spec.hidden, TILE)
+        out = room.normed[:rows] if embed.norm is None else room.embedded[:rows]
+        embed_sequences(
+            buffers.ids[:rows],
+            buffers.types[:rows] if self.place.typed and embed.token_type is not None else None,
+            buffers.starts[: power_of_two(self.place.sequences + 1)],
+            tables,
+            out=out,
+            statistics=Statistics(room.statistics[: 2 * rows * parts].view(2, rows, parts), TILE),
+            wrong=buffers.wrong,
+        )
+        if embed.norm is not None:
+            norm = embed.norm
+            norm_rows(out, norm.weight, norm.bias, spec.norm, spec.norm_eps, out=room.normed[:rows])
+
+    def _launch(self) -> None:
+        import cupy
+
+        room, device = self.room, self.room.normed.device
+        pointers = [
+            one.data_ptr()
+            for one in (
+                self._maps, room.pointers, room.normed, room.qkv, room.attended, room.activations, room.partials,
+                room.arrivals, room.turns, self.buffers.starts,
+            )
+        ]  # fmt: skip
+        arguments = (*pointers, cupy.int32(self.place.sequences), cupy.int32(self.place.rows))
+        stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream)
+        with cupy.cuda.Device(device.index), stream:
+            self._kernel((room.blocks,), (THREADS,), arguments, shared_mem=SHARED_LIMIT)
+
+
+class PersistentEncoder(EncoderGraphs):
+    """One model's forward over whole sequences by the persistent kernel."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: ModelWeights,
+        *,
+        head: Head | None = None,
+        tokens: int = 512,
+        layout: Choice = Layout.of,
+    ) -> None:
+        """``head`` as in :class:`ops.specialized.encoder.EncoderPlan`, ``tokens`` the largest step, ``layout`` chooses
+        the kernel's sizes. Raises :class:`KernelError` for a model that the kernel cannot run."""
+        reason = unsupported(spec, weights, weights.embed.token.dtype, weights.embed.token.device)
+        if reason is not None:
+            raise KernelError(
+                f'the encoder kernel cannot run this {spec.family} model: {reason}; set "kernels" to "generic"'
+            )
+        super().__init__(spec, weights, Limits(tokens, 64, 512), head)
+        self._layout = layout
+        self._room: EncoderRoom | None = None
+
+    def forward(self, buffers: StepBuffers, place: Place) -> StaticForward:
+        """The launches for ``place``; all buckets share the rest of the buffers too."""
+        if self._room is None:
+            self._room = EncoderRoom(self.spec, self.weights, self.limits.tokens, self._layout)
+        return PersistentForward(self.spec, self.weights, buffers, self._room, place)
+
+
+def _constants(layer: LayerWeights) -> list[Tensor | None]:
+    """In the order of LayerPointer."""
+    return [
+        layer.qkv.bias, layer.out.bias, *_norm(layer.attn_norm), layer.up.bias, layer.down.bias, *_norm(layer.ffn_norm)
+    ]  # fmt: skip
+
+
+def _norm(norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if norm is None else (norm.weight, norm.bias)
+
+
+def _weight(linear: Linear) -> Tensor:
+    assert isinstance(linear.weight, Tensor)
+    return linear.weight
+
+
+def _address(tensor: Tensor | None) -> int:
+    if tensor is None:
+        return 0
+    assert tensor.is_contiguous()
+    assert tensor.data_ptr() % 16 == 0, "vector loads need 16-byte addresses"
+    return tensor.data_ptr()
