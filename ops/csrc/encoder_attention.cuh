@@ -3,14 +3,6 @@
 
 __device__ __forceinline__ ushort2 range(int row) { return ((const ushort2*)(memory + RANGES_AT))[row]; }
 
-// Four words of V, transposed: 16 keys by 16 columns as two operands B.
-__device__ __forceinline__ uint4 load_transposed(u32 at) {
-    uint4 v;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
-    return v;
-}
-
 // 16 queries of a head; each warp takes 32 keys of every 128, and the four put their results together.
 __device__ __forceinline__ void attend(Block& b, int head, int row0) {
     constexpr int BLOCKS32 = HEAD_DIM / 32, WORDS = HEAD_DIM / 8;

@@ -11,8 +11,6 @@ constexpr int PARTS = 4 * LONGEST_PART;
 enum Kind { QKV, OUT, UP, DOWN };
 enum LayerPointer { QKV_BIAS, OUT_BIAS, NORM1_WEIGHT, NORM1_BIAS, UP_BIAS, DOWN_BIAS, NORM2_WEIGHT, NORM2_BIAS, LAYER_POINTERS };
 
-struct Map { u64 words[16]; };   // CUtensorMap
-
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // y = x W^T in units of 64 rows by WIDE columns by K / SPLIT.
@@ -64,28 +62,20 @@ struct Block {
     __device__ __forceinline__ const Map* weight(int layer, int kind) const { return maps + 3 + 4 * layer + kind; }
 };
 
+__device__ __forceinline__ void consumers_sync() { named_sync<1, CONSUMERS>(); }
+
 // ---- the barrier among blocks: a counter that only grows ----
-
-__device__ __forceinline__ void consumers_sync() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
-
-// What ordinary stores wrote, bulk copies of other multiprocessors will read.
-__device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 __device__ __forceinline__ void arrive(Block& b) {
     proxy_fence();
     __threadfence();
     consumers_sync();
-    if (b.thread == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(b.arrivals) : "memory");
+    if (b.thread == 0) add_one(b.arrivals);
 }
 
 __device__ __forceinline__ void await_blocks(const Block& b, u32 wanted) {
     Watchdog dog;
-    u32 found;
-    while (true) {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(b.arrivals) : "memory");
-        if ((int)(found - wanted) >= 0) break;
-        dog.tick();
-    }
+    while ((int)(read_count(b.arrivals) - wanted) < 0) dog.tick();
     proxy_fence();
 }
 

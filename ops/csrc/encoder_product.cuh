@@ -3,15 +3,6 @@
 
 // ---- the feeding warp: one lane of it ----
 
-__device__ __forceinline__ void tile_copy(u32 to, const Map* map, int column, int row, u32 bar) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-                 ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(bar) : "memory");
-}
-
-__device__ __forceinline__ void tile_prefetch(const Map* map, int column, int row) {
-    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row) : "memory");
-}
-
 // To L2, what this block will need of a product.
 template <int KIND>
 __device__ __forceinline__ void prefetch_weights(const Block& b, int layer) {
@@ -73,22 +64,6 @@ __device__ __forceinline__ void feed_all(Block& b) {
 }
 
 // ---- products ----
-
-// A tile of 64 columns of 16 bits, rows of 128 bytes, swizzled by 128 bytes: K runs along the rows.
-__device__ __forceinline__ u64 descriptor(u32 at) {
-    return (u64)((at & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
-}
-
-__device__ __forceinline__ void group_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void group_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// The sums are there: nothing that reads them may be moved before this.
-template <int COUNT>
-__device__ __forceinline__ void settle(float* d) {
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
-}
-template <int LEFT>
-__device__ __forceinline__ void group_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory"); }
 
 // One unit's sums: d[4 j + i] is row quad + i / 2 * 8 of the warp's 16, column 8 j + 2 place + i % 2.
 template <int KIND>

@@ -120,7 +120,7 @@ struct Block {
     }
 };
 
-__device__ __forceinline__ void consumers_sync() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+__device__ __forceinline__ void consumers_sync() { named_sync<1, THREADS>(); }
 
 // ---- what blocks tell each other ----
 // A word of 32 bits (a float, or two 16-bit numbers) that is all ones has not arrived: no arithmetic ends in that NaN. A

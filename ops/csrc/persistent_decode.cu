@@ -263,7 +263,7 @@ __device__ __forceinline__ void consume_all(Block& b, u64* out, int steps, bool 
     u64* tokens = (u64*)b.entry(TOKENS);
     u64* positions = (u64*)b.entry(POSITIONS);
     u32* turns = (u32*)b.entry(TURNS) + b.id;   // where the last launch ended, the same for all
-    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(b.turns) : "l"(turns) : "memory");
+    b.turns = load_l2_word(turns);
     for (int m = b.thread; m < M; m += THREADS) b.token(m) = (int)tokens[m], b.positions()[m] = (int)positions[m];
     consumers_sync();
     for (int step = 0; step < steps; ++step) {
@@ -298,7 +298,7 @@ persistent_decode(const u64* table, u64* out, int steps, int greedy) {
             barrier_init(b.address(READY_AT) + 8 * i, HELPERS);
             barrier_init(b.address(USED_AT) + 8 * i, WARPS);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        show_barriers();
     }
     __syncthreads();
     if (b.warp == WARPS) feed_all(b, steps);

@@ -5,18 +5,6 @@
 
 // ---- norms ----
 
-__device__ __forceinline__ float2 load_float2(const float* p) {
-    float2 v;
-    asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
-    return v;
-}
-
-__device__ __forceinline__ u32 load_pair(const u16* p) {
-    u32 v;
-    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-    return v;
-}
-
 __device__ __forceinline__ float sum_of_consumers(const Block& b, float value, int turn) {
     float* sums = (float*)(memory + STATS_AT) + 4 * turn;
 #pragma unroll
@@ -38,7 +26,7 @@ __device__ __forceinline__ void add_and_norm(Block& b, const u16* bias, const u1
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
             const int n = 2 * min(b.thread + i * CONSUMERS, HIDDEN / 2 - 1);
-            const u32 old = load_pair(stream + n), added = bias ? __ldg((const u32*)(bias + n)) : 0;
+            const u32 old = load_l2_word(stream + n), added = bias ? __ldg((const u32*)(bias + n)) : 0;
             v[i] = make_float2(low_of(old) + low_of(added), high_of(old) + high_of(added));
 #pragma unroll
             for (int part = 0; part < SPLIT; ++part) {
@@ -120,7 +108,7 @@ persistent_encoder(const Map* maps, const u64* pointers, u16* normed, u16* qkv, 
             barrier_init(b.address(FULL_AT) + 8 * i, 1);
             barrier_init(b.address(EMPTY_AT) + 8 * i, 4);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        show_barriers();
     }
     __syncthreads();
     if (b.warp == CONSUMERS / 32) {

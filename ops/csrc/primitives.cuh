@@ -95,6 +95,12 @@ __device__ __forceinline__ uint4 load_l2(const void* p) {
     return v;
 }
 
+__device__ __forceinline__ u32 load_l2_word(const void* p) {
+    u32 v;
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+
 // Nothing comes back to the multiprocessor, so nothing else that it asks for waits behind it.
 __device__ __forceinline__ void bulk_prefetch(const void* from, u32 bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
@@ -125,6 +131,10 @@ __device__ __forceinline__ uint4 peek4(const u32* at) {
     return v;
 }
 
+// COUNT threads of a block meet.
+template <int ID, int COUNT>
+__device__ __forceinline__ void named_sync() { asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(COUNT) : "memory"); }
+
 // A wait that would never end (a bug, a lost block) ends the launch with an error instead of hanging the machine.
 struct Watchdog {
     u32 spins = 0;
@@ -138,6 +148,9 @@ struct Watchdog {
 __device__ __forceinline__ void barrier_init(u32 bar, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
 }
+
+// Those that were initialized before, to bulk copies.
+__device__ __forceinline__ void show_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 __device__ __forceinline__ void barrier_arrive(u32 bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");

@@ -226,11 +226,15 @@ def macros(
     return {**{k: str(v) for k, v in integers.items()}, **{k: f"{float(v)!r}f" for k, v in floats.items()}}
 
 
+def text_of(name: str) -> str:
+    """One of the CUDA sources, to stand behind the others."""
+    return (Path(__file__).parent.parent / "csrc" / name).read_text("utf-8").replace("#pragma once", "")
+
+
 @cache
 def source() -> str:
     """The CUDA source in one piece."""
-    folder = Path(__file__).parent.parent / "csrc"
-    return "\n".join((folder / name).read_text("utf-8").replace("#pragma once", "") for name in SOURCES)
+    return "\n".join(map(text_of, SOURCES))
 
 
 def compile_kernel(defines: dict[str, str], shared: int) -> Any:

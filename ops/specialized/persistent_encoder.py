@@ -13,8 +13,6 @@ import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +24,7 @@ from ops.generic.encoder_graph import EncoderGraphs, Head, Limits, Place, Static
 from ops.generic.launch import power_of_two
 from ops.spec import LearnedPositions, ModelSpec
 from ops.specialized.encoder_rows import Tables, embed_sequences, norm_rows
-from ops.specialized.persistent import ACTIVATIONS, SHARED_LIMIT
+from ops.specialized.persistent import ACTIVATIONS, SHARED_LIMIT, text_of
 from ops.specialized.tile_gemm import Statistics
 from ops.specialized.tile_map import TILE, Driver
 from ops.weights import LayerWeights, Linear, ModelWeights, Norm
@@ -175,12 +173,7 @@ def source(spec: ModelSpec, layout: Layout, dtype: torch.dtype) -> str:
     defines = "".join(f"#define {name} {value}\n" for name, value in macros(spec, layout, dtype).items())
     widths = sorted({units.wide for units in layout.units})
     instructions = [_instruction(wide, dtype) for wide in widths]
-    return "\n".join([defines, _text("primitives.cuh"), *instructions, *map(_text, SOURCES)])
-
-
-@cache
-def _text(name: str) -> str:
-    return (Path(__file__).parent.parent / "csrc" / name).read_text("utf-8").replace("#pragma once", "")
+    return "\n".join([defines, text_of("primitives.cuh"), text_of("hopper.cuh"), *instructions, *map(text_of, SOURCES)])
 
 
 def _instruction(wide: int, dtype: torch.dtype) -> str:

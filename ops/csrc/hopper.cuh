@@ -1,0 +1,60 @@
+// Instructions of Hopper that the persistent encoder uses: copies of whole tiles, products of warp groups, waits.
+#pragma once
+
+struct Map { u64 words[16]; };   // CUtensorMap
+
+// ---- among the threads of a block, and among blocks ----
+
+// What ordinary stores wrote, bulk copies of other multiprocessors will read.
+__device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+__device__ __forceinline__ void add_one(u32* count) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory"); }
+
+__device__ __forceinline__ u32 read_count(const u32* count) {
+    u32 found;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(count) : "memory");
+    return found;
+}
+
+__device__ __forceinline__ float2 load_float2(const float* p) {
+    float2 v;
+    asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
+    return v;
+}
+
+// ---- tiles ----
+
+__device__ __forceinline__ void tile_copy(u32 to, const Map* map, int column, int row, u32 bar) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(bar) : "memory");
+}
+
+__device__ __forceinline__ void tile_prefetch(const Map* map, int column, int row) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row) : "memory");
+}
+
+// ---- instructions of a warp group ----
+
+// A tile of 64 columns of 16 bits, rows of 128 bytes, swizzled by 128 bytes: K runs along the rows.
+__device__ __forceinline__ u64 descriptor(u32 at) {
+    return (u64)((at & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+
+__device__ __forceinline__ void group_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void group_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// The sums are there: nothing that reads them may be moved before this.
+template <int COUNT>
+__device__ __forceinline__ void settle(float* d) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+template <int LEFT>
+__device__ __forceinline__ void group_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory"); }
+
+// 16 rows by 16 columns of 16 bits, transposed: two operands B. Each lane gives the address of half a row.
+__device__ __forceinline__ uint4 load_transposed(u32 at) {
+    uint4 v;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
+    return v;
+}
