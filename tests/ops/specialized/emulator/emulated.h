@@ -12,6 +12,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <random>
 #include <ucontext.h>
 #include <vector>
 
@@ -90,6 +91,7 @@ inline Fiber* current;
 inline ucontext_t home;
 inline u64 idle;
 inline bool stuck;
+inline u32 seed = 1;   // of the order in which threads run
 inline std::function<void()> body;
 
 inline void moved() { idle = 0; }
@@ -139,17 +141,29 @@ inline bool launch(int blocks, int threads, std::function<void()> kernel) {
             fibers.push_back(std::move(fiber));
         }
     }
+    // Blocks take turns in another order each time, warps within them too, and now and then one is held up: what only
+    // works while all keep step does not.
+    std::minstd_rand chance(seed);
+    std::vector<int> order(blocks), held(blocks, 0);
+    for (int b = 0; b < blocks; ++b) order[b] = b;
     for (bool left = true; left && !stuck;) {
         left = false;
-        for (auto& fiber : fibers) {
-            if (fiber->done) continue;
-            left = true;
-            if (fiber->word && *fiber->word == fiber->value) {
-                look_idle();
-                continue;
+        std::shuffle(order.begin(), order.end(), chance);
+        for (int b : order) {
+            if (held[b] == 0 && chance() % 64 == 0) held[b] = chance() % 400;
+            const int first = chance() % (threads / 32) * 32;
+            for (int t = 0; t < threads; ++t) {
+                auto& fiber = fibers[b * threads + (first + t) % threads];
+                if (fiber->done) continue;
+                left = true;
+                if (held[b] || (fiber->word && *fiber->word == fiber->value)) {
+                    look_idle();
+                    continue;
+                }
+                current = fiber.get();
+                swapcontext(&home, &fiber->context);
             }
-            current = fiber.get();
-            swapcontext(&home, &fiber->context);
+            if (held[b]) --held[b];
         }
     }
     fibers.clear();
