@@ -28,7 +28,8 @@ def compute_dtype(parameter: Tensor) -> torch.dtype:
 class Batch:
     """Parameters of one group with gradients: parallel lists, on one device and of one dtype.
 
-    params:      the parameters (this process's part of them, if they are sharded).
+    parameters:  the parameters, as the optimizer was given them.
+    params:      the same (this process's part of them, if they are sharded).
     grads:       their gradients, as they came.
     weights:     what the arithmetic updates: the parameters themselves, or their fp32 master copies.
     exp_avgs, exp_avg_sqs: first and second moments, in :func:`compute_dtype`.
@@ -37,6 +38,7 @@ class Batch:
     groups:      process groups over which the parameters are sharded; sums over a whole tensor are reduced over each.
     """
 
+    parameters: list[Tensor] = field(default_factory=list)
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
@@ -58,6 +60,7 @@ class Batch:
         if master is not None:
             master = local_part(master)
             follow(master, local)
+        self.parameters.append(parameter)
         self.params.append(local)
         self.grads.append(local_part(grad))
         self.weights.append(local if master is None else master)

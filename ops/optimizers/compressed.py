@@ -1,0 +1,300 @@
+"""What optimizers have in common that exchange signs of their momentum in place of gradients."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, overload
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.optim.optimizer import ParamsT
+
+from ops.compression import Errors, GradientCollective, SingleProcess
+from ops.optimizers.base import MomentOptimizer
+from ops.optimizers.batch import Batch, compute_dtype
+from ops.optimizers.moments import Arithmetic
+
+log = logging.getLogger("slipstream.optimizers")
+
+#: Elements that are exchanged together. Several such buckets are on their way at a time.
+BUCKET_ELEMENTS = 1 << 24
+#: ``"auto"``: the variance stands where the sum of it was within this share of itself 1 / (1 - beta2) steps before, ten
+#: times looked at in between (arXiv 2102.02888, section 7.1).
+STABLE, LOOKS = 0.96, 10
+
+FreezeStep = int | Literal["auto"]
+
+
+@dataclass
+class Bucket:
+    """Parameters of a batch on their way: ``momentum`` is flat, of all of them end to end."""
+
+    arithmetic: Arithmetic
+    batch: Batch
+    momentum: Tensor
+    wait: Callable[[], None]
+
+    def parts(self) -> Iterator[Tensor]:
+        """Of the momentum, one of each parameter's shape."""
+        sizes = [moment.numel() for moment in self.batch.exp_avgs]
+        for part, moment in zip(self.momentum.split(sizes), self.batch.exp_avgs, strict=True):
+            yield part.view(moment.shape)
+
+
+class CompressedOptimizer(MomentOptimizer):
+    """Base of optimizers that train in two stages.
+
+    Up to ``freeze_step`` steps (the warm-up) gradients are averaged in full precision. Then the variance is frozen, and
+    processes exchange the signs of their momenta. **Gradients are each process's own**: neither DDP nor FSDP may
+    average them; the optimizer does. All processes begin with the same weights.
+
+    A gradient that is no number, on whichever process, skips the step on all of them (``skipped`` tells) and leaves
+    every state as it was. Once signs are exchanged, a parameter that had gradients and has none counts as one of zeros.
+    """
+
+    #: Whether the last step was skipped.
+    skipped: bool = False
+    #: Elements of a bucket.
+    bucket_elements: ClassVar[int] = BUCKET_ELEMENTS
+
+    def __init__(self, params: ParamsT, collective: GradientCollective | None, defaults: dict[str, Any]) -> None:
+        self.collective: GradientCollective = collective or SingleProcess()
+        self._errors: dict[int, Errors] = {}
+        self._steps = 0
+        self._frozen_at: int | None = None
+        self._looks: list[tuple[float, float]] = []
+        super().__init__(params, defaults)
+
+    def check_options(self, options: Mapping[str, Any], where: str) -> None:
+        """Checks the options of every moment-based optimizer, and those that these share."""
+        super().check_options(options, where)
+        freeze = options["freeze_step"]
+        if freeze != "auto" and (not isinstance(freeze, int) or isinstance(freeze, bool) or freeze < 1):
+            raise self.error(f'freeze_step{where} is {freeze!r}: use a number of steps from 1, or "auto"')
+        self.check_number("max_grad_norm", options["max_grad_norm"], where)
+        self.check_choice("bias_correction", options["bias_correction"], where, (True, False))
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the next step exchanges signs."""
+        return self._frozen_at is not None
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Updates every parameter that has a gradient. All processes call it together.
+
+        closure: computes the loss and its gradients anew, is called once before the update; its loss is returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._update_all()
+        return loss
+
+    @_disable_dynamo
+    @torch.no_grad()
+    def _update_all(self) -> None:
+        self.check_step()
+        self._freeze_where_due()
+        if self.frozen:
+            self._fill_gradients()
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if self.averages():
+            self.collective.mean(grads).wait()
+        self.skipped = not self._clip(grads)
+        if not self.skipped:
+            self.advance()
+            self._steps += 1
+
+    def averages(self) -> bool:
+        """Whether this step is one of the mean gradient."""
+        return not self.frozen
+
+    def advance(self) -> None:
+        """One step of the kind that is due."""
+        if self.frozen:
+            self.compressed_step()
+            return
+        for group in self.param_groups:
+            for arithmetic, batch in self.batches(group):
+                self.warm_up(arithmetic, batch, group)
+        self._look()
+
+    # ---- before the update ----
+
+    def _freeze_where_due(self) -> None:
+        wanted = self.defaults["freeze_step"]
+        if not self.frozen and wanted != "auto" and self._steps >= wanted:
+            self._freeze(self._steps)
+
+    def _fill_gradients(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None and "exp_avg" in self.state.get(parameter, {}):
+                    parameter.grad = torch.zeros_like(parameter)
+
+    def _clip(self, grads: Sequence[Tensor]) -> bool:
+        """Whether all gradients of all processes are numbers; clips them. Raises where processes have not as many.
+
+        The norm is that of the mean gradient in the warm-up. Behind it the mean is never known: it is the root mean
+        square of the processes' norms, which is no less, and the same factor on all.
+        """
+        device = grads[0].device if grads else torch.device("cpu")
+        square = torch.zeros((), dtype=torch.float64, device=device)
+        for grad in grads:
+            square += torch.linalg.vector_norm(grad, dtype=compute_dtype(grad)).double().square().to(device)
+        count = float(sum(grad.numel() for grad in grads))
+        facts = torch.stack([square, square.new_tensor(count), square.new_tensor(count * count)])
+        self.collective.mean([facts]).wait()
+        mean_square, mean_count, mean_count_square = facts.tolist()
+        if mean_count_square > mean_count**2 * (1 + 1e-9):
+            raise self.error(
+                f"processes have not the same gradients: {count:.0f} elements here, {mean_count:.1f} in the mean"
+            )
+        if not mean_square < float("inf"):
+            return False
+        limit = self.defaults["max_grad_norm"]
+        if limit and mean_square**0.5 > limit:
+            torch._foreach_mul_(list(grads), limit / (mean_square**0.5 + 1e-6))
+        return True
+
+    def _look(self) -> None:
+        """Freezes the variance where it stands, if that is asked for."""
+        span = max(round(1 / (1 - self.defaults["betas"][1]) / LOOKS), 1)
+        if self.defaults["freeze_step"] != "auto" or (self._steps + 1) % span:
+            return
+        sums = [state["exp_avg_sq"].sum(dtype=torch.float64) for state in self.state.values() if "exp_avg_sq" in state]
+        total = float(sum(value.item() for value in sums))
+        rate = max(float(group["lr"]) for group in self.param_groups)
+        self._looks.append((total, rate))
+        self._looks = self._looks[-LOOKS - 1 :]
+        (before, old_rate), full = self._looks[0], len(self._looks) == LOOKS + 1
+        if full and rate <= old_rate and before * STABLE <= total <= before / STABLE:
+            self._freeze(self._steps + 1)
+
+    def _freeze(self, steps: int) -> None:
+        self._frozen_at = steps
+        self.begin_compression()
+
+    def begin_compression(self) -> None:
+        """Called once, when the variance is frozen."""
+
+    # ---- the two stages ----
+
+    def warm_up(self, arithmetic: Arithmetic, batch: Batch, group: Mapping[str, Any]) -> None:
+        """A step on mean gradients."""
+        raise NotImplementedError
+
+    def momentum(self, batch: Batch, index: int, grad: Tensor, beta1: float) -> Tensor:
+        """What is exchanged of a parameter: the common momentum, moved by this process's gradient."""
+        return torch.lerp(batch.exp_avgs[index], grad, 1 - beta1)
+
+    def finish(self, bucket: Bucket, group: Mapping[str, Any]) -> None:
+        """A step once the mean momentum has come."""
+        raise NotImplementedError
+
+    def compressed_step(self) -> None:
+        """A step by signs: all buckets are on their way before the first one is waited for."""
+        under_way: list[tuple[Bucket, Mapping[str, Any]]] = []
+        group: Mapping[str, Any]
+        for group in self.param_groups:
+            for arithmetic, batch in self.batches(group, self.bucket_elements):
+                grads = arithmetic.gradients(batch, False)
+                parts = [self.momentum(batch, i, grad, group["betas"][0]).reshape(-1) for i, grad in enumerate(grads)]
+                under_way.append((self.send(arithmetic, batch, torch.cat(parts), len(under_way)), group))
+        for bucket, group in under_way:
+            bucket.wait()
+            self.finish(bucket, group)
+
+    def send(self, arithmetic: Arithmetic, batch: Batch, flat: Tensor, index: int) -> Bucket:
+        """Begins the exchange of the step's bucket ``index``."""
+        pending = self.collective.compressed_mean(flat, self._errors_of(index, flat))
+        return Bucket(arithmetic, batch, flat, pending.wait)
+
+    def forget_errors(self) -> None:
+        """Compensation begins anew."""
+        self._errors.clear()
+
+    def _errors_of(self, index: int, momentum: Tensor) -> Errors:
+        found = self._errors.get(index)
+        if found is None:
+            found = self._errors[index] = Errors.zeros(momentum.numel(), self.collective.size, momentum.device)
+        elif found.numel != momentum.numel():
+            raise self.error(
+                f"bucket {index} has {momentum.numel()} elements, and had {found.numel}: parameters may not come or go "
+                "once signs are exchanged"
+            )
+        return found
+
+    def take(self, bucket: Bucket) -> None:
+        """The mean momentum becomes everybody's. Where the variance is zero nothing ever had a gradient, and signs
+        would move it: there it stays zero."""
+        for part, moment, variance in zip(bucket.parts(), bucket.batch.exp_avgs, bucket.batch.exp_avg_sqs, strict=True):
+            torch.mul(part, variance > 0, out=moment)
+
+    def corrections(self, batch: Batch, group: Mapping[str, Any]) -> list[tuple[float, float]]:
+        """``(1 - beta1^t, 1 - beta2^t)``; the second one stands with the variance. Empty without bias correction."""
+        if not group["bias_correction"]:
+            return []
+        beta1, beta2 = group["betas"]
+        last = self._frozen_at
+        return [(1 - beta1**t, 1 - beta2 ** (t if last is None else min(t, last))) for t in batch.steps]
+
+    def move(self, arithmetic: Arithmetic, batch: Batch, group: Mapping[str, Any]) -> None:
+        """``w = w - lr * direction``."""
+        corrections = self.corrections(batch, group)
+        directions = arithmetic.directions(batch, corrections, group["eps"], group["weight_decay"])
+        arithmetic.add_scaled(batch, directions, self.rates(batch, -float(group["lr"])))
+
+    @staticmethod
+    def rates(batch: Batch, rate: float) -> Tensor:
+        """The same for all of a batch, as :meth:`Arithmetic.add_scaled` takes it."""
+        return torch.full((len(batch.params),), rate, dtype=batch.exp_avgs[0].dtype, device=batch.device)
+
+    # ---- state ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, and ``compression``: the stage, and the errors of this process, which no other has."""
+        return {**super().state_dict(), "compression": self.compression_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes :meth:`state_dict` back, bit for bit. Without ``compression`` (a state of torch's AdamW) the warm-up
+        goes on.
+
+        Errors of another rank or number of processes are not taken: compensation begins anew, with a warning.
+        """
+        super().load_state_dict(state_dict)
+        if "compression" in state_dict:
+            self.load_compression_state(state_dict["compression"])
+
+    def compression_state(self) -> dict[str, Any]:
+        """What :meth:`state_dict` has of the compression: numbers and tensors alone."""
+        errors = {str(index): {"worker": one.worker, "server": one.server} for index, one in self._errors.items()}
+        return {
+            "steps": self._steps, "frozen_at": self._frozen_at, "looks": [list(look) for look in self._looks],
+            "errors": errors, "rank": self.collective.rank, "size": self.collective.size,
+        }  # fmt: skip
+
+    def load_compression_state(self, state: Mapping[str, Any]) -> None:
+        """Takes :meth:`compression_state` back."""
+        self._steps, self._frozen_at = state["steps"], state["frozen_at"]
+        self._looks = [(float(total), float(rate)) for total, rate in state["looks"]]
+        self._errors = {}
+        if (state["rank"], state["size"]) == (self.collective.rank, self.collective.size):
+            for index, one in state["errors"].items():
+                self._errors[int(index)] = Errors(*(self._here(one[name]) for name in ("worker", "server")))
+        elif state["errors"]:
+            log.warning(
+                "%s: the errors are those of rank %d of %d processes, this is rank %d of %d: compensation begins anew",
+                type(self).__name__, state["rank"], state["size"], self.collective.rank, self.collective.size,
+            )  # fmt: skip
+
+    def _here(self, error: Tensor) -> Tensor:
+        return error.detach().to(self.param_groups[0]["params"][0].device, copy=True)

@@ -1,0 +1,165 @@
+"""1-bit LAMB: LAMB whose processes exchange one bit an element once the variance stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ops.compression import GradientCollective
+from ops.optimizers.batch import Batch, local_part
+from ops.optimizers.compressed import Bucket, CompressedOptimizer, FreezeStep
+from ops.optimizers.moments import Arithmetic
+from ops.optimizers.trust_ratio import trust_ratios
+
+
+class OneBitLamb(CompressedOptimizer):
+    """1-bit LAMB (Li et al., arXiv 2104.06069).
+
+    Up to step ``freeze_step`` it is :class:`LAMB` on the processes' mean gradient, and keeps for each parameter a
+    moving
+    average of its trust ratio. Then v stands, momenta are exchanged as in 1-bit Adam, and the ratio is the kept one
+    times
+    ``max((sqrt(v) + eps) / (sqrt(v_fresh) + eps))``, where v_fresh goes on with the gradient that the momenta give
+    away,
+    ``(m - beta1 m_before) / (1 - beta1)``; within ``factor_min`` and ``factor_max``, and within ``factor_threshold`` of
+    what it was before. Since all momenta are exchanged with one size for their signs, each is multiplied by
+    ``mean(rms) / rms`` before and divided by it behind, with the root mean squares of the step at which v was frozen.
+
+    params, collective, lr, betas, eps, weight_decay, bias_correction, freeze_step, max_grad_norm: as for
+        :class:`OneBitAdam`.
+    max_coeff, min_coeff: bounds of the trust ratio in the warm-up.
+    coeff_beta: of the moving average of ratios. factor_max, factor_min, factor_threshold: as above.
+
+    Names and defaults are DeepSpeed's.
+    """
+
+    shaped_state: ClassVar[tuple[str, ...]] = (*CompressedOptimizer.shaped_state, "fresh_exp_avg_sq")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        collective: GradientCollective | None = None,
+        lr: float | Tensor = 1e-3,
+        *,
+        freeze_step: FreezeStep = 100000,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 0.0,
+        max_coeff: float = 10.0,
+        min_coeff: float = 0.01,
+        coeff_beta: float = 0.9,
+        factor_max: float = 4.0,
+        factor_min: float = 0.5,
+        factor_threshold: float = 0.1,
+        foreach: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr, "freeze_step": freeze_step, "bias_correction": bias_correction, "betas": betas, "eps": eps,
+            "weight_decay": weight_decay, "max_grad_norm": max_grad_norm, "max_coeff": max_coeff,
+            "min_coeff": min_coeff, "coeff_beta": coeff_beta, "factor_max": factor_max, "factor_min": factor_min,
+            "factor_threshold": factor_threshold, "maximize": False, "foreach": foreach,
+        }  # fmt: skip
+        super().__init__(params, collective, defaults)
+
+    def check_options(self, options: Mapping[str, Any], where: str) -> None:
+        """Checks what all share, and LAMB's own."""
+        super().check_options(options, where)
+        for low, high in (("min_coeff", "max_coeff"), ("factor_min", "factor_max")):
+            self.check_number(low, options[low], where)
+            self.check_number(high, options[high], where)
+            if options[low] > options[high]:
+                raise self.error(f"{low}{where} is {options[low]}, above {high} {options[high]}")
+        for name in ("coeff_beta", "factor_threshold"):
+            self.check_number(name, options[name], where, below=1.0)
+
+    def warm_up(self, arithmetic: Arithmetic, batch: Batch, group: Mapping[str, Any]) -> None:
+        """A step of LAMB."""
+        arithmetic.update_moments(batch, arithmetic.gradients(batch, False), *group["betas"])
+        directions = arithmetic.directions(batch, self.corrections(batch, group), group["eps"], group["weight_decay"])
+        weights, updates = arithmetic.norms(batch.weights), arithmetic.norms(directions)
+        ratios = trust_ratios(weights, updates, group["min_coeff"], group["max_coeff"])
+        kept = torch.stack([state["kept_ratio"] for state in self._states(batch)])
+        # A ratio that could not be taken leaves no trace.
+        moved = torch.where((weights > 0) & (updates > 0), torch.lerp(kept, ratios, 1 - group["coeff_beta"]), kept)
+        for state, value in zip(self._states(batch), moved.unbind(), strict=True):
+            state["kept_ratio"].copy_(value)
+        arithmetic.show(batch, ratios)
+        arithmetic.add_scaled(batch, directions, ratios * -float(group["lr"]))
+
+    def begin_compression(self) -> None:
+        """Momenta's sizes, and where the fresh variance begins."""
+        states = [state for state in self.state.values() if "exp_avg" in state and state["exp_avg"].numel()]
+        sizes = [local_part(state["exp_avg"]).square().mean().sqrt().double().cpu() for state in states]
+        mean = torch.stack(sizes).mean() if sizes else torch.zeros(())
+        for state, size in zip(states, sizes, strict=True):
+            scale = mean / size if size > 0 else torch.ones(())
+            state["momentum_scale"] = scale.to(state["exp_avg"])
+            state["fresh_exp_avg_sq"] = state["exp_avg_sq"].clone()
+            state["last_factor"] = torch.ones_like(state["momentum_scale"])
+
+    def momentum(self, batch: Batch, index: int, grad: Tensor, beta1: float) -> Tensor:
+        """Brought to the size that all have."""
+        scale = self._states(batch)[index]["momentum_scale"]
+        return super().momentum(batch, index, grad, beta1).mul_(scale)
+
+    def finish(self, bucket: Bucket, group: Mapping[str, Any]) -> None:
+        """A step along the momentum that has come, as far as the frozen ratio and the fresh variance say."""
+        arithmetic, batch = bucket.arithmetic, bucket.batch
+        beta1, beta2 = group["betas"]
+        states = self._states(batch)
+        before = [moment.clone() for moment in batch.exp_avgs]
+        self.take(bucket)
+        for moment, old, state in zip(batch.exp_avgs, before, states, strict=True):
+            moment.div_(state["momentum_scale"])
+            gradient = old.mul_(-beta1).add_(moment).div_(1 - beta1)
+            state["fresh_exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        corrections = self.corrections(batch, group)
+        directions = arithmetic.directions(batch, corrections, group["eps"], group["weight_decay"])
+        factors = self._factors(arithmetic, batch, states, directions, corrections, group)
+        ratios = torch.stack([state["kept_ratio"] for state in states]) * factors
+        arithmetic.show(batch, ratios)
+        arithmetic.add_scaled(batch, directions, ratios * -float(group["lr"]))
+
+    def _factors(
+        self,
+        arithmetic: Arithmetic,
+        batch: Batch,
+        states: Sequence[dict[str, Any]],
+        directions: list[Tensor],
+        corrections: Sequence[tuple[float, float]],
+        group: Mapping[str, Any],
+    ) -> Tensor:
+        """What each ratio has changed by [n]."""
+        found = []
+        for i, (variance, state) in enumerate(zip(batch.exp_avg_sqs, states, strict=True)):
+            c2 = corrections[i][1] if corrections else 1.0
+            old = (variance / c2).sqrt_().add_(group["eps"])
+            found.append((old / (state["fresh_exp_avg_sq"] / c2).sqrt_().add_(group["eps"])).max())
+        factors = torch.stack(found)
+        if group["weight_decay"]:
+            plain = arithmetic.norms(arithmetic.directions(batch, corrections, group["eps"], 0.0))
+            whole = arithmetic.norms(directions)
+            share = torch.where(whole > 0, plain / whole, 1.0).clamp(max=1.0)
+            factors = factors * share + (1 - share)
+        last = torch.stack([state["last_factor"] for state in states])
+        near = group["factor_threshold"]
+        factors = factors.clamp(group["factor_min"], group["factor_max"]).clamp(last * (1 - near), last * (1 + near))
+        for state, value in zip(states, factors.unbind(), strict=True):
+            state["last_factor"].copy_(value)
+        return factors
+
+    def _states(self, batch: Batch) -> list[dict[str, Any]]:
+        """Of a batch's parameters, with the ratio that is kept."""
+        found = []
+        for parameter in batch.parameters:
+            state = self.state[parameter]
+            if "kept_ratio" not in state:
+                state["kept_ratio"] = torch.zeros_like(state["trust_ratio"])
+            found.append(state)
+        return found

@@ -1,0 +1,209 @@
+"""0/1 Adam: AdamW whose processes exchange one bit an element, and behind the warm-up not at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ops.compression import GradientCollective
+from ops.optimizers.batch import Batch
+from ops.optimizers.compressed import Bucket, CompressedOptimizer
+from ops.optimizers.moments import Arithmetic
+
+_COUNTS = ("interval", "updates", "counted", "local_interval", "local_steps", "alone")
+
+
+class ZeroOneAdam(CompressedOptimizer):
+    """0/1 Adam (Lu et al., arXiv 2202.06009), with the schedule of DeepSpeed's implementation.
+
+    Up to step ``var_freeze_step``, at every ``interval``-th step (1 at first, doubled after every
+    ``var_update_scaler`` such
+    steps) the processes' mean gradient moves m and v as in AdamW. At the steps between, the mean of their gradients'
+    error-compensated signs moves m alone. Then v stands, the errors are forgotten, and each process goes its own way::
+
+        m = beta1 m + (1 - beta1) g_own       u = u + lr (m / (sqrt(v) + eps) + weight_decay w)       w = w - lr (...)
+
+    until, after ``interval`` steps (1 at first, doubled every ``local_step_scaler`` steps up to
+    ``local_step_clipper``), all
+    go from where they last were together, along the mean of ``u (sqrt(v) + eps)`` as signs, whose share of the learning
+    rates is the new m.
+
+    params, collective, lr, betas, eps, weight_decay, max_grad_norm: as for :class:`OneBitAdam`.
+    bias_correction: divides m by ``1 - beta1^t`` and v by ``1 - beta2^k`` behind its k-th update. False is what
+        DeepSpeed does.
+    var_freeze_step, var_update_scaler, local_step_scaler, local_step_clipper: DeepSpeed's names and defaults.
+
+    Between two exchanges processes have weights of their own: save and evaluate where :attr:`together` is true.
+    """
+
+    shaped_state: ClassVar[tuple[str, ...]] = (*CompressedOptimizer.shaped_state, "update_sum")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        collective: GradientCollective | None = None,
+        lr: float | Tensor = 1e-3,
+        *,
+        var_freeze_step: int = 100000,
+        var_update_scaler: int = 16,
+        local_step_scaler: int = 32678,
+        local_step_clipper: int = 16,
+        bias_correction: bool = False,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 0.0,
+        foreach: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr, "freeze_step": var_freeze_step, "var_update_scaler": var_update_scaler,
+            "local_step_scaler": local_step_scaler, "local_step_clipper": local_step_clipper,
+            "bias_correction": bias_correction, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+            "max_grad_norm": max_grad_norm, "maximize": False, "foreach": foreach,
+        }  # fmt: skip
+        self._interval, self._updates, self._counted = 1, 0, 0
+        self._local_interval, self._local_steps, self._alone = 1, 0, 0
+        self._rates: list[float] = []
+        super().__init__(params, collective, defaults)
+
+    def check_options(self, options: Mapping[str, Any], where: str) -> None:
+        """Checks what all share, and the intervals."""
+        super().check_options(options, where)
+        if options["freeze_step"] == "auto":
+            raise self.error(f"var_freeze_step{where} is 'auto': use a number of steps")
+        for name in ("var_update_scaler", "local_step_scaler", "local_step_clipper"):
+            if not isinstance(options[name], int) or isinstance(options[name], bool) or options[name] < 1:
+                raise self.error(f"{name}{where} is {options[name]!r}: use a whole number from 1")
+
+    @property
+    def together(self) -> bool:
+        """Whether all processes have the same weights."""
+        return self._alone == 0
+
+    def averages(self) -> bool:
+        """Whether this step is one of the mean gradient."""
+        return not self.frozen and (self._steps + 1) % self._interval == 0
+
+    def advance(self) -> None:
+        """One step of the kind that is due."""
+        if self.frozen:
+            self._local_step()
+        elif self.averages():
+            self._variance_step()
+        else:
+            self.compressed_step()
+
+    # ---- the first stage ----
+
+    def _variance_step(self) -> None:
+        self._updates += 1
+        for group in self.param_groups:
+            for arithmetic, batch in self.batches(group):
+                arithmetic.update_moments(batch, arithmetic.gradients(batch, False), *group["betas"])
+                self.move(arithmetic, batch, group)
+        self._counted += 1
+        if self._counted == self.defaults["var_update_scaler"]:
+            self._counted, self._interval = 0, 2 * self._interval
+
+    def momentum(self, batch: Batch, index: int, grad: Tensor, beta1: float) -> Tensor:
+        """What is exchanged between two updates of the variance: the gradient."""
+        return grad.clone()
+
+    def finish(self, bucket: Bucket, group: Mapping[str, Any]) -> None:
+        """A step along the momentum that the gradients' signs move."""
+        batch = bucket.batch
+        for part, moment, variance in zip(bucket.parts(), batch.exp_avgs, batch.exp_avg_sqs, strict=True):
+            moment.lerp_(part * (variance > 0), 1 - group["betas"][0])
+        self.move(bucket.arithmetic, batch, group)
+
+    def corrections(self, batch: Batch, group: Mapping[str, Any]) -> list[tuple[float, float]]:
+        """Those of as many updates as each moment has had. Empty without bias correction."""
+        if not group["bias_correction"]:
+            return []
+        beta1, beta2 = group["betas"]
+        return [(1 - beta1**t, 1 - beta2 ** max(self._updates, 1)) for t in batch.steps]
+
+    # ---- state ----
+
+    def compression_state(self) -> dict[str, Any]:
+        """With the intervals, and where between two exchanges this process stands."""
+        own = {name: getattr(self, f"_{name}") for name in _COUNTS}
+        return {**super().compression_state(), **own, "rates": list(self._rates)}
+
+    def load_compression_state(self, state: Mapping[str, Any]) -> None:
+        """Takes :meth:`compression_state` back."""
+        super().load_compression_state(state)
+        for name in _COUNTS:
+            setattr(self, f"_{name}", state[name])
+        self._rates = [float(rate) for rate in state["rates"]]
+
+    # ---- local steps ----
+
+    def begin_compression(self) -> None:
+        """The errors of gradients say nothing of momenta."""
+        self.forget_errors()
+        self._rates = [0.0] * len(self.param_groups)
+
+    def _local_step(self) -> None:
+        batches: list[tuple[Arithmetic, Batch, int]] = []
+        for index, group in enumerate(self.param_groups):
+            rate = float(group["lr"])
+            self._rates[index] += rate
+            for arithmetic, batch in self.batches(group, self.bucket_elements):
+                for moment, grad in zip(batch.exp_avgs, arithmetic.gradients(batch, False), strict=True):
+                    moment.lerp_(grad, 1 - group["betas"][0])
+                corrections = self.corrections(batch, group)
+                directions = arithmetic.directions(batch, corrections, group["eps"], group["weight_decay"])
+                for total, direction in zip(self._sums(batch), directions, strict=True):
+                    total.add_(direction, alpha=rate)
+                arithmetic.add_scaled(batch, directions, self.rates(batch, -rate))
+                batches.append((arithmetic, batch, index))
+        self._alone += 1
+        if self._alone >= self._local_interval:
+            self._meet(batches)
+        self._local_steps += 1
+        if self._local_steps == self.defaults["local_step_scaler"]:
+            self._local_steps = 0
+            self._local_interval = min(2 * self._local_interval, self.defaults["local_step_clipper"])
+
+    def _meet(self, batches: Sequence[tuple[Arithmetic, Batch, int]]) -> None:
+        """All go from where they last were together, by the mean of what they have gone since."""
+        under_way: list[tuple[Bucket, list[Tensor], int]] = []
+        for arithmetic, batch, index in batches:
+            group = self.param_groups[index]
+            denominators = self._denominators(batch, group)
+            flat = torch.cat([(s * d).reshape(-1) for s, d in zip(self._sums(batch), denominators, strict=True)])
+            bucket = self.send(arithmetic, batch, flat, len(under_way))
+            under_way.append((bucket, denominators, index))
+        for bucket, denominators, index in under_way:
+            bucket.wait()
+            batch, sums = bucket.batch, self._sums(bucket.batch)
+            ways = []
+            for i, part in enumerate(bucket.parts()):
+                part.mul_(batch.exp_avg_sqs[i] > 0)
+                torch.div(part, self._rates[index], out=batch.exp_avgs[i])
+                ways.append(sums[i] - part / denominators[i])  # back, and along the mean
+            bucket.arithmetic.add_scaled(batch, ways, self.rates(batch, 1.0))
+            for total in sums:
+                total.zero_()
+        self._alone, self._rates = 0, [0.0] * len(self.param_groups)
+
+    def _denominators(self, batch: Batch, group: Mapping[str, Any]) -> list[Tensor]:
+        corrections = self.corrections(batch, group) or [(1.0, 1.0)] * len(batch.params)
+        return [
+            (variance / c2).sqrt_().add_(group["eps"]).mul_(c1)
+            for variance, (c1, c2) in zip(batch.exp_avg_sqs, corrections, strict=True)
+        ]
+
+    def _sums(self, batch: Batch) -> list[Tensor]:
+        found = []
+        for parameter, moment in zip(batch.parameters, batch.exp_avgs, strict=True):
+            state = self.state[parameter]
+            if "update_sum" not in state:
+                state["update_sum"] = torch.zeros_like(moment)
+            found.append(state["update_sum"])
+        return found
