@@ -106,10 +106,13 @@ class CompressedOptimizer(MomentOptimizer):
         if self.frozen:
             self._fill_gradients()
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if self.averages():
-            self.collective.mean(grads).wait()
-        self.skipped = not self._clip(grads)
+        square = self._mean_square(grads)
+        self.skipped = not square < float("inf")
         if not self.skipped:
+            if self.averages():
+                self.collective.mean(grads).wait()
+                square = float(self._square(grads))
+            self._clip(grads, square**0.5)
             self.advance()
             self._steps += 1
 
@@ -140,30 +143,33 @@ class CompressedOptimizer(MomentOptimizer):
                 if parameter.grad is None and "exp_avg" in self.state.get(parameter, {}):
                     parameter.grad = torch.zeros_like(parameter)
 
-    def _clip(self, grads: Sequence[Tensor]) -> bool:
-        """Whether all gradients of all processes are numbers; clips them. Raises where processes have not as many.
-
-        The norm is that of the mean gradient in the warm-up. Behind it the mean is never known: it is the root mean
-        square of the processes' norms, which is no less, and the same factor on all.
-        """
-        device = grads[0].device if grads else torch.device("cpu")
-        square = torch.zeros((), dtype=torch.float64, device=device)
-        for grad in grads:
-            square += torch.linalg.vector_norm(grad, dtype=compute_dtype(grad)).double().square().to(device)
-        count = float(sum(grad.numel() for grad in grads))
+    def _mean_square(self, grads: Sequence[Tensor]) -> float:
+        """The mean over processes of their squared gradient norms: no number where one of theirs is none. Raises where
+        processes have not as many gradients, before these are exchanged."""
+        square, count = self._square(grads), float(sum(grad.numel() for grad in grads))
         facts = torch.stack([square, square.new_tensor(count), square.new_tensor(count * count)])
         self.collective.mean([facts]).wait()
-        mean_square, mean_count, mean_count_square = facts.tolist()
-        if mean_count_square > mean_count**2 * (1 + 1e-9):
+        found, mean, mean_square = facts.tolist()
+        if mean_square > mean**2 * (1 + 1e-9):
             raise self.error(
-                f"processes have not the same gradients: {count:.0f} elements here, {mean_count:.1f} in the mean"
+                f"processes have not the same gradients: {count:.0f} elements here, {mean:.1f} in the mean"
             )
-        if not mean_square < float("inf"):
-            return False
+        return float(found)
+
+    @staticmethod
+    def _square(grads: Sequence[Tensor]) -> Tensor:
+        """The squared norm of all gradients, 0-dim fp64."""
+        square = torch.zeros((), dtype=torch.float64, device=grads[0].device if grads else "cpu")
+        for grad in grads:
+            square += torch.linalg.vector_norm(grad, dtype=compute_dtype(grad)).double().square().to(square.device)
+        return square
+
+    def _clip(self, grads: Sequence[Tensor], norm: float) -> None:
+        """By one factor on all processes. ``norm`` is that of the mean gradient in the warm-up; behind it nobody knows
+        the mean, and it is the root mean square of the processes' norms, which is no less."""
         limit = self.defaults["max_grad_norm"]
-        if limit and mean_square**0.5 > limit:
-            torch._foreach_mul_(list(grads), limit / (mean_square**0.5 + 1e-6))
-        return True
+        if limit and norm > limit:
+            torch._foreach_mul_(list(grads), limit / (norm + 1e-6))
 
     def _look(self) -> None:
         """Freezes the variance where it stands, if that is asked for."""
