@@ -1,9 +1,9 @@
-"""Hosts in network namespaces, joined by veth pairs and a bridge, each link shaped by a token bucket in both directions.
+"""Hosts in network namespaces, joined by veth pairs and a bridge, links shaped by token buckets both ways.
 
     with Network(2, "100mbit") as network:
         process = network.start(0, ["ping", "-c1", network.addresses[1]])
 
-The bridge lies in a namespace of its own: the machine's own network is not touched. Needs root, iproute2 and util-linux.
+The bridge lies in a namespace of its own: the machine's own network is not touched. Needs root, iproute2, util-linux.
 """
 
 from __future__ import annotations
