@@ -1,18 +1,20 @@
-"""Means over processes at one bit an element, with the error of each exchange carried into the next."""
+"""The error-compensated compressed all-reduce of 1-bit Adam and 1-bit LAMB (arXiv 2102.02888, 2104.06069)."""
 
 from __future__ import annotations
 
-from ops.compression.collective import CompressionError, Errors, GradientCollective, Pending, SingleProcess, chunk_of
+from ops.compression.collective import GradientCollective, Pending, Sent, SingleProcess
 from ops.compression.distributed import TorchCollective
-from ops.compression.simulated import SimulatedProcesses
+from ops.compression.errors import Errors, for_other_size
+from ops.compression.simulated import SimulatedCollective, VirtualRank
 
 __all__ = [
-    "CompressionError",
     "Errors",
     "GradientCollective",
     "Pending",
-    "SimulatedProcesses",
+    "Sent",
+    "SimulatedCollective",
     "SingleProcess",
     "TorchCollective",
-    "chunk_of",
+    "VirtualRank",
+    "for_other_size",
 ]

@@ -1,170 +1,131 @@
-"""What an optimizer that compresses asks of the processes that train together."""
+"""Means over the ranks of a data-parallel group, in full precision or as signs with carried errors. One process is an
+object, not an ``if``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from config_schema.errors import SlipstreamError
-from ops.compression.signs import left_behind, pack, root_mean_square, unpack
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-class CompressionError(SlipstreamError, ValueError):
-    """A tensor that cannot be exchanged: the message says what to give."""
-
-
-def chunk_of(numel: int, size: int) -> int:
-    """Elements that each of ``size`` processes averages for all: a multiple of 8, so that chunks are whole bytes."""
-    return -(-numel // (8 * size)) * 8
+from ops.compression.errors import Errors, chunk_of
+from ops.compression.phases import SCALE
 
 
 @dataclass
-class Errors:
-    """What one process has not said yet, of one buffer. It belongs to the training's state.
+class Sent:
+    """Bytes that left this rank; what a rank sends to itself is not counted."""
 
-    worker: of the buffer [n] fp32. server: of this process's chunk of the mean [:func:`chunk_of`] fp32.
-    """
+    full: int = 0
+    """By full-precision means: 2 (size - 1) / size of the data, what a ring all-reduce sends."""
+    compressed: int = 0
+    """By compressed means: signs and scales of both phases."""
 
-    worker: Tensor
-    server: Tensor
+    def count_full(self, data: int, size: int) -> None:
+        """One mean of ``data`` bytes."""
+        self.full += 2 * (size - 1) * data // size
 
-    @classmethod
-    def zeros(cls, numel: int, size: int, device: torch.device | str = "cpu") -> Errors:
-        """For a buffer that has not been exchanged yet."""
-        return cls(torch.zeros(numel, device=device), torch.zeros(chunk_of(numel, size), device=device))
-
-    @property
-    def numel(self) -> int:
-        """Of the buffer."""
-        return self.worker.numel()
+    def count_compressed(self, n: int, size: int) -> None:
+        """One compressed mean of ``n`` elements."""
+        if n:
+            self.compressed += (size - 1) * (2 * (chunk_of(n, size) // 8) + 2 * SCALE)
 
 
-class Pending:
-    """An exchange on its way."""
+class Pending(Protocol):
+    """A mean on its way."""
 
-    def __init__(self, finish: Callable[[], None] = lambda: None) -> None:
-        self._finish: Callable[[], None] | None = finish
-
-    def wait(self) -> None:
-        """Until the result is there; a second time does nothing."""
-        finish, self._finish = self._finish, None
-        if finish is not None:
-            finish()
+    def wait(self) -> Tensor:
+        """Until the tensors hold the mean, in the order of the device's work (on a GPU the host does not wait). Returns
+        a bool scalar on the tensors' device, the same on every rank: whether every rank's numbers were finite. May be
+        called again."""
+        ...
 
 
 class GradientCollective(Protocol):
-    """Processes that call the same methods in the same order, with tensors of the same shapes."""
+    """What an optimizer asks of the ranks that train the same parameters. All ranks make the same calls, and the same
+    ``wait``, in the same order. Tensors in flight must not be read or written before ``wait``."""
 
     @property
     def rank(self) -> int:
-        """This process's place."""
+        """This process's place in the group."""
         ...
 
     @property
     def size(self) -> int:
-        """Number of processes."""
+        """Number of ranks."""
         ...
 
     @property
-    def sent(self) -> int:
-        """Bytes that this process has sent so far."""
+    def sent(self) -> Sent:
+        """Bytes sent so far."""
         ...
 
     def mean(self, tensors: Sequence[Tensor]) -> Pending:
-        """The processes' mean of each tensor, in place and in full precision."""
+        """Each tensor (floating point, any shape) becomes its mean over the ranks, in place; those of one dtype go
+        together."""
         ...
 
     def compressed_mean(self, buffer: Tensor, errors: Errors) -> Pending:
-        """The processes' mean of ``buffer`` [n] in place, at one bit an element each way (see :func:`first_half`).
+        """``buffer`` [n] (fp32, bf16 or fp16; CPU or CUDA) becomes its compressed mean, in place, the same bits on
+        every rank; ``errors`` take what that missed.
 
-        fp32, fp16 or bf16, one-dimensional and contiguous; ``errors`` are this buffer's, and are updated. Where any
-        process
-        has a number that is none, the result is NaN everywhere and no error changes.
+        A number that is not finite, on any rank, makes the buffer NaN on all of them and leaves the errors as they
+        were. Raises :class:`ops.errors.KernelError` for a buffer or errors that do not fit.
         """
         ...
 
 
+class Done:
+    """A mean that is there already."""
+
+    def __init__(self, sound: Tensor) -> None:
+        self._sound = sound
+
+    def wait(self) -> Tensor:
+        """Whether all was finite."""
+        return self._sound
+
+
 class SingleProcess:
-    """A group of one: means are what is there. Signs are taken all the same, so that one process trains as several
-    do."""
+    """A group of one: every tensor is its own mean, nothing is compressed, errors stay as they are."""
 
     rank = 0
     size = 1
-    sent = 0
+
+    def __init__(self) -> None:
+        self.sent = Sent()
 
     def mean(self, tensors: Sequence[Tensor]) -> Pending:
-        """Leaves them as they are."""
-        return Pending()
+        """The tensors as they are."""
+        return Done(all_finite(tensors))
 
     def compressed_mean(self, buffer: Tensor, errors: Errors) -> Pending:
-        """As of several processes."""
-        half = first_half(buffer, errors, 1)
-        scales = half.scale.reshape(1)
-        mean = average([half.packed], scales, errors, 0)
-        settle(buffer, [mean.packed], mean.scale.reshape(1), scales, errors, half, mean)
-        return Pending()
+        """The buffer as it is."""
+        return Done(all_finite([buffer]))
 
 
-@dataclass
-class Half:
-    """Signs on their way: ``packed`` uint8, their ``scale``, and the ``error`` that is left if all goes well."""
-
-    packed: Tensor
-    scale: Tensor
-    error: Tensor
-
-
-def first_half(buffer: Tensor, errors: Errors, size: int) -> Half:
-    """What a process sends of its buffer: with b = buffer + worker error, sign(b) and the root mean square of b.
-
-    This and :func:`average` are the two halves of the error-compensated all-reduce (arXiv 2102.02888, section 4.2).
-    Raises
-    :class:`CompressionError` for a buffer or errors that do not fit.
-    """
-    chunk = chunk_of(buffer.numel(), size)
-    if buffer.dtype not in DTYPES or buffer.ndim != 1 or not buffer.is_contiguous():
-        what = f"{buffer.dtype} {list(buffer.shape)}"
-        raise CompressionError(f"compressed_mean takes a contiguous fp32, fp16 or bf16 tensor [n], got {what}")
-    for name, error, wanted in (("worker", errors.worker, buffer.numel()), ("server", errors.server, chunk)):
-        if error.dtype != torch.float32 or error.device != buffer.device or error.shape != (wanted,):
-            what = f"{error.dtype} {list(error.shape)} on {error.device}"
-            raise CompressionError(f"the {name} error is {what}, wanted fp32 [{wanted}] on {buffer.device}")
-    values = buffer.float() + errors.worker
-    scale = root_mean_square(values)
-    return Half(pack(values, chunk * size), scale, left_behind(values, scale))
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """A bool scalar on the first tensor's device."""
+    if not tensors:
+        return torch.tensor(True)
+    device = tensors[0].device
+    return torch.stack([torch.isfinite(tensor).all().to(device) for tensor in tensors]).all()
 
 
-def average(received: Sequence[Tensor], scales: Tensor, errors: Errors, rank: int) -> Half:
-    """What process ``rank`` sends of its chunk: the mean of what it ``received`` from each with its scale, plus the
-    server
-    error, as signs again."""
-    chunk = errors.server.numel()
-    count = max(min(errors.numel - rank * chunk, chunk), 0)
-    total = errors.server[:count].clone()
-    for packed, scale in zip(received, scales.unbind(), strict=True):
-        total += unpack(packed, scale / len(received), count)
-    scale = root_mean_square(total)
-    return Half(pack(total, chunk), scale, left_behind(total, scale))
+def flattened(tensors: Sequence[Tensor], size: int) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Tensors of one dtype and device with all their elements in one new tensor, already divided by ``size``: a sum of
+    fp16 would overflow."""
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for group in groups.values():
+        yield group, torch.cat([tensor.detach().reshape(-1) for tensor in group]).div_(size)
 
 
-def settle(
-    buffer: Tensor, chunks: Sequence[Tensor], scales: Tensor, sent: Tensor, errors: Errors, own: Half, mean: Half
-) -> None:
-    """Writes the mean, which lies in ``chunks`` with their ``scales``, and the errors, if all that was ``sent`` were
-    numbers."""
-    chunk, end = errors.server.numel(), buffer.numel()
-    fine = torch.isfinite(sent).all()
-    for index, (packed, scale) in enumerate(zip(chunks, scales.unbind(), strict=True)):
-        begin = index * chunk
-        if begin < end:
-            count = min(chunk, end - begin)
-            buffer[begin : begin + count] = unpack(packed, torch.where(fine, scale, torch.nan), count)
-    errors.worker.copy_(torch.where(fine, own.error, errors.worker))
-    count = mean.error.numel()
-    errors.server[:count] = torch.where(fine, mean.error, errors.server[:count])
+def put_back(group: Sequence[Tensor], flat: Tensor) -> None:
+    """Elements of ``flat`` to the tensors they came from."""
+    parts = flat.split([tensor.numel() for tensor in group])
+    for tensor, part in zip(group, parts, strict=True):
+        tensor.detach().copy_(part.view(tensor.shape))

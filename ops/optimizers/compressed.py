@@ -35,7 +35,7 @@ class Bucket:
     arithmetic: Arithmetic
     batch: Batch
     momentum: Tensor
-    wait: Callable[[], None]
+    wait: Callable[[], object]
 
     def parts(self) -> Iterator[Tensor]:
         """Of the momentum, one of each parameter's shape."""
@@ -231,11 +231,13 @@ class CompressedOptimizer(MomentOptimizer):
     def _errors_of(self, index: int, momentum: Tensor) -> Errors:
         found = self._errors.get(index)
         if found is None:
-            found = self._errors[index] = Errors.zeros(momentum.numel(), self.collective.size, momentum.device)
-        elif found.numel != momentum.numel():
+            found = self._errors[index] = Errors.zeros(
+                momentum.numel(), self.collective.rank, self.collective.size, momentum.device
+            )
+        elif found.worker.numel() != momentum.numel():
             raise self.error(
-                f"bucket {index} has {momentum.numel()} elements, and had {found.numel}: parameters may not come or go "
-                "once signs are exchanged"
+                f"bucket {index} has {momentum.numel()} elements, and had {found.worker.numel()}: parameters may not "
+                "come or go once signs are exchanged"
             )
         return found
 
@@ -282,7 +284,7 @@ class CompressedOptimizer(MomentOptimizer):
 
     def compression_state(self) -> dict[str, Any]:
         """What :meth:`state_dict` has of the compression: numbers and tensors alone."""
-        errors = {str(index): {"worker": one.worker, "server": one.server} for index, one in self._errors.items()}
+        errors = {str(index): one.state_dict() for index, one in self._errors.items()}
         return {
             "steps": self._steps, "frozen_at": self._frozen_at, "looks": [list(look) for look in self._looks],
             "errors": errors, "rank": self.collective.rank, "size": self.collective.size,

@@ -1,0 +1,114 @@
+"""Real processes: Gloo and NCCL give the virtual ranks' bits, whatever is in flight together; bytes; faults."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from ops.compression import Errors, SimulatedCollective, TorchCollective
+from ops.errors import KernelError
+from tests.ops.compression.equations import noise
+
+SIZES = (0, 1, 7, 64, 1001)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def data(n: int, at: int, rank: int, dtype: torch.dtype, device: str) -> Tensor:
+    return (noise(n, 10 * at + rank) * (1 + rank)).to(dtype).to(device)
+
+
+def same_as_virtual_ranks(rank: int, size: int, device: str) -> None:
+    """Buckets of several sizes in flight together, a full mean between them, waits in another order."""
+    real, virtual = TorchCollective(), SimulatedCollective(size)
+    for dtype in DTYPES:
+        mine = [Errors.zeros(n, rank, size, device) for n in SIZES]
+        theirs = [[Errors.zeros(n, each, size, device) for n in SIZES] for each in range(size)]
+        for at in range(2):
+            buckets = [data(n, at, rank, dtype, device) for n in SIZES]
+            full = [data(5, at, rank, dtype, device), data(6, at, rank, torch.float32, device).view(2, 3).t()]
+            pending = [real.compressed_mean(*each) for each in zip(buckets, mine, strict=True)]
+            pending.insert(2, real.mean(full))
+            assert all(bool(each.wait()) for each in pending[::-1])
+            for n, bucket, index in zip(SIZES, buckets, range(len(SIZES)), strict=True):
+                others = [data(n, at, each, dtype, device) for each in range(size)]
+                for each, other in enumerate(others):
+                    virtual.ranks[each].compressed_mean(other, theirs[each][index])
+                assert torch.equal(bucket, others[0])
+            for index, errors in enumerate(mine):
+                assert torch.equal(errors.worker, theirs[rank][index].worker)
+                assert torch.equal(errors.server, theirs[rank][index].server)
+            for tensor, wanted in zip(full, exact_means(at, size, dtype), strict=True):
+                limit = 4 * torch.finfo(tensor.dtype).eps
+                torch.testing.assert_close(tensor.double().cpu(), wanted, rtol=limit, atol=limit)
+    assert real.sent == virtual_sent(real, virtual, rank)
+
+
+def exact_means(at: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    first = torch.stack([data(5, at, each, dtype, "cpu").double() for each in range(size)]).mean(0)
+    second = torch.stack([data(6, at, each, torch.float32, "cpu").double() for each in range(size)]).mean(0)
+    return first, second.view(2, 3).t()
+
+
+def virtual_sent(real: TorchCollective, virtual: SimulatedCollective, rank: int) -> object:
+    found = virtual.ranks[rank].sent
+    found.full = real.sent.full
+    return found
+
+
+def faults(rank: int, size: int, device: str) -> None:
+    collective, errors = TorchCollective(), Errors.zeros(9, rank, size, device)
+    buffer = torch.ones(9, device=device)
+    if rank == size - 1:
+        buffer[0] = torch.nan
+    assert not collective.compressed_mean(buffer, errors).wait()
+    assert buffer.isnan().all()
+    assert not errors.worker.any()
+    assert not errors.server.any()
+
+
+def rank_main(rank: int, size: int, store: str, backend: str) -> None:
+    device = "cpu" if backend == "gloo" else f"cuda:{rank}"
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
+    same_as_virtual_ranks(rank, size, device)
+    faults(rank, size, device)
+    dist.destroy_process_group()
+
+
+def gloo_on_gpu_main(rank: int, store: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    same_as_virtual_ranks(rank, 2, "cuda:0")
+    faults(rank, 2, "cuda:0")
+    dist.destroy_process_group()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("size", [2, 3])
+def test_gloo(size: int, tmp_path: Path) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    mp.spawn(rank_main, (size, str(tmp_path / "store"), "gloo"), nprocs=size)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(180)
+def test_gloo_with_gpu_tensors(tmp_path: Path) -> None:
+    mp.spawn(gloo_on_gpu_main, (str(tmp_path / "store"),), nprocs=2)
+
+
+@pytest.mark.multigpu
+@pytest.mark.timeout(180)
+def test_nccl(tmp_path: Path) -> None:
+    size = min(torch.cuda.device_count(), 3)
+    mp.spawn(rank_main, (size, str(tmp_path / "store"), "nccl"), nprocs=size)
+
+
+def test_no_process_group() -> None:
+    with pytest.raises(KernelError, match="no process group"):
+        TorchCollective()
