@@ -144,15 +144,19 @@ def main() -> int:
     parser.add_argument("--rate", default="100mbit,1gbit,10gbit", help="of each link, both ways (100mbit,1gbit,10gbit)")
     parser.add_argument("--delay", help="one way, like 1ms; needs the kernel's netem")
     parser.add_argument("--measure", choices=["all-reduce"], help="in place of a command")
-    parser.add_argument("--elements", type=lambda text: int(float(text)), default=110_000_000, help="(110e6)")
-    parser.add_argument("--dtype", choices=SIZES, default="fp16", help="(fp16)")
-    parser.add_argument("--rounds", type=int, default=3, help="of the measurement, after one to warm up (3)")
+    parser.add_argument("--elements", type=lambda text: int(float(text)), help="(110e6)")
+    parser.add_argument("--dtype", choices=SIZES, help="(fp16)")
+    parser.add_argument("--rounds", type=int, help="of the measurement, after one to warm up (3)")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds a rate may take (3600)")
     parser.add_argument("--clean", action="store_true", help="remove what killed runs left, and do no more")
     parser.add_argument("--json", type=Path, help="write all that was counted to this file")
     chosen, command = parser.parse_args(sys.argv[1:at]), sys.argv[at + 1 :]
     if not chosen.clean and bool(command) == bool(chosen.measure):
         parser.error("give a command behind -- or --measure all-reduce, one of the two")
+    for name, value in (("elements", 110_000_000), ("dtype", "fp16"), ("rounds", 3)):
+        if command and getattr(chosen, name) is not None:
+            parser.error(f"--{name} is of --measure, and a command is given: leave it out")
+        setattr(chosen, name, getattr(chosen, name) or value)
     if chosen.measure:
         asked = ["--elements", str(chosen.elements), "--dtype", chosen.dtype, "--rounds", str(chosen.rounds)]
         command = [sys.executable, "-m", "benchmarks.network_steps", *asked]
@@ -164,6 +168,8 @@ def main() -> int:
         rows = run(chosen, command)
     except SlipstreamError as error:
         parser.exit(2, f"error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "stopped; nothing is left of the network\n")
     from benchmarks.measure import report  # imports torch
 
     title = f"{chosen.hosts} hosts: {' '.join(command)}; busiest interface"

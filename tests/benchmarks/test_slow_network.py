@@ -32,6 +32,7 @@ def test_what_a_ring_needs() -> None:
     [
         ((), "give a command behind -- or --measure all-reduce"),
         (("--measure", "all-reduce", "--", "true"), "one of the two"),
+        (("--dtype", "fp16", "--", "true"), "--dtype is of --measure, and a command is given: leave it out"),
         (("--rate", "fast", "--", "true"), 'rate: got "fast", wanted a number with kbit, mbit or gbit'),
     ],
 )
