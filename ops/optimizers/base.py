@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -23,8 +24,8 @@ class OptimizerError(SlipstreamError, ValueError):
     """An option, parameter, gradient or loaded state that the optimizer cannot work with: the message names it."""
 
 
-class MomentOptimizer(Optimizer):
-    """Base of optimizers with first and second moments. A subclass gives ``defaults`` and writes ``step``.
+class MomentOptimizer(Optimizer, ABC):
+    """Base of optimizers with first and second moments. A subclass gives ``defaults`` and writes :meth:`update`.
 
     The options lr, betas, eps, weight_decay, maximize and foreach are checked here for every group; a subclass adds
     its own in :meth:`check_options`.
@@ -78,6 +79,26 @@ class MomentOptimizer(Optimizer):
         self.check_number("weight_decay", options["weight_decay"], where)
         self.check_choice("maximize", options["maximize"], where, (True, False))
         self.check_choice("foreach", options["foreach"], where, (None, True, False))
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Updates every parameter that has a gradient.
+
+        closure: computes the loss and its gradients anew, is called once before the update; its loss is returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.update()
+        return loss
+
+    @abstractmethod
+    def update(self) -> None:
+        """One step on the gradients that are there. To be written without autograd and out of torch.compile's sight."""
 
     def check_number(self, name: str, value: object, where: str, below: float = math.inf) -> None:
         """Raises :class:`OptimizerError` unless ``value`` is a number from 0 up to, not including, ``below``."""

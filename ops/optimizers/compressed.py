@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, overload
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -61,6 +61,8 @@ class CompressedOptimizer(MomentOptimizer):
     bucket_elements: ClassVar[int] = BUCKET_ELEMENTS
 
     def __init__(self, params: ParamsT, collective: GradientCollective | None, defaults: dict[str, Any]) -> None:
+        if collective is not None and not hasattr(collective, "compressed_mean"):
+            raise self.error(f"collective is {collective!r}: use one of ops.compression, or None for one process")
         self.collective: GradientCollective = collective or SingleProcess()
         self._errors: dict[int, Errors] = {}
         self._steps = 0
@@ -82,25 +84,10 @@ class CompressedOptimizer(MomentOptimizer):
         """Whether the next step exchanges signs."""
         return self._frozen_at is not None
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Updates every parameter that has a gradient. All processes call it together.
-
-        closure: computes the loss and its gradients anew, is called once before the update; its loss is returned.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._update_all()
-        return loss
-
     @_disable_dynamo
     @torch.no_grad()
-    def _update_all(self) -> None:
+    def update(self) -> None:
+        """One step. All processes call it together."""
         self.check_step()
         self._freeze_where_due()
         if self.frozen:
@@ -109,10 +96,10 @@ class CompressedOptimizer(MomentOptimizer):
         square = self._mean_square(grads)
         self.skipped = not square < float("inf")
         if not self.skipped:
-            if self.averages():
+            averages = self.averages()
+            if averages:
                 self.collective.mean(grads).wait()
-                square = float(self._square(grads))
-            self._clip(grads, square**0.5)
+            self._clip(grads, None if averages else square)
             self.advance()
             self._steps += 1
 
@@ -125,9 +112,7 @@ class CompressedOptimizer(MomentOptimizer):
         if self.frozen:
             self.compressed_step()
             return
-        for group in self.param_groups:
-            for arithmetic, batch in self.batches(group):
-                self.warm_up(arithmetic, batch, group)
+        self.mean_step()
         self._look()
 
     # ---- before the update ----
@@ -164,12 +149,15 @@ class CompressedOptimizer(MomentOptimizer):
             square += torch.linalg.vector_norm(grad, dtype=compute_dtype(grad)).double().square().to(square.device)
         return square
 
-    def _clip(self, grads: Sequence[Tensor], norm: float) -> None:
-        """By one factor on all processes. ``norm`` is that of the mean gradient in the warm-up; behind it nobody knows
-        the mean, and it is the root mean square of the processes' norms, which is no less."""
+    def _clip(self, grads: Sequence[Tensor], square: float | None) -> None:
+        """By one factor on all processes. The norm is that of the mean gradient in the warm-up (``square`` is None, and
+        all have it); behind it nobody knows the mean, and ``square`` is the mean of the processes' squared norms,
+        which is no less."""
         limit = self.defaults["max_grad_norm"]
-        if limit and norm > limit:
-            torch._foreach_mul_(list(grads), limit / (norm + 1e-6))
+        if limit:
+            norm = (float(self._square(grads)) if square is None else square) ** 0.5
+            if norm > limit:
+                torch._foreach_mul_(list(grads), limit / (norm + 1e-6))
 
     def _look(self) -> None:
         """Freezes the variance where it stands, if that is asked for."""
@@ -195,16 +183,24 @@ class CompressedOptimizer(MomentOptimizer):
     # ---- the two stages ----
 
     def warm_up(self, arithmetic: Arithmetic, batch: Batch, group: Mapping[str, Any]) -> None:
-        """A step on mean gradients."""
-        raise NotImplementedError
+        """A step on mean gradients: AdamW's."""
+        arithmetic.update_moments(batch, arithmetic.gradients(batch, False), *group["betas"])
+        self.move(arithmetic, batch, group)
 
     def momentum(self, batch: Batch, index: int, grad: Tensor, beta1: float) -> Tensor:
         """What is exchanged of a parameter: the common momentum, moved by this process's gradient."""
         return torch.lerp(batch.exp_avgs[index], grad, 1 - beta1)
 
     def finish(self, bucket: Bucket, group: Mapping[str, Any]) -> None:
-        """A step once the mean momentum has come."""
-        raise NotImplementedError
+        """A step along the mean momentum, which has come."""
+        self.take(bucket)
+        self.move(bucket.arithmetic, bucket.batch, group)
+
+    def mean_step(self) -> None:
+        """A step on mean gradients, for all parameters."""
+        for group in self.param_groups:
+            for arithmetic, batch in self.batches(group):
+                self.warm_up(arithmetic, batch, group)
 
     def compressed_step(self) -> None:
         """A step by signs: all buckets are on their way before the first one is waited for."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, overload
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,25 +86,10 @@ class LAMB(MomentOptimizer):
         self.check_choice("adapt", options["adapt"], where, (True, False))
         self.check_choice("bias_correction", options["bias_correction"], where, (True, False))
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Updates every parameter that has a gradient.
-
-        closure: computes the loss and its gradients anew, is called once before the update; its loss is returned.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._update_all()
-        return loss
-
     @_disable_dynamo
     @torch.no_grad()
-    def _update_all(self) -> None:
+    def update(self) -> None:
+        """One step."""
         self.check_step()
         for group in self.param_groups:
             for arithmetic, batch in self.batches(group):

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ops.compression import GradientCollective
-from ops.optimizers.batch import Batch
-from ops.optimizers.compressed import Bucket, CompressedOptimizer, FreezeStep
-from ops.optimizers.moments import Arithmetic
+from ops.optimizers.compressed import CompressedOptimizer, FreezeStep
 
 
 class OneBitAdam(CompressedOptimizer):
@@ -33,9 +28,9 @@ class OneBitAdam(CompressedOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        collective: GradientCollective | None = None,
         lr: float | Tensor = 1e-3,
         *,
+        collective: GradientCollective | None = None,
         freeze_step: FreezeStep = 100000,
         bias_correction: bool = True,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -49,13 +44,3 @@ class OneBitAdam(CompressedOptimizer):
             "weight_decay": weight_decay, "max_grad_norm": max_grad_norm, "maximize": False, "foreach": foreach,
         }  # fmt: skip
         super().__init__(params, collective, defaults)
-
-    def warm_up(self, arithmetic: Arithmetic, batch: Batch, group: Mapping[str, Any]) -> None:
-        """A step of AdamW."""
-        arithmetic.update_moments(batch, arithmetic.gradients(batch, False), *group["betas"])
-        self.move(arithmetic, batch, group)
-
-    def finish(self, bucket: Bucket, group: Mapping[str, Any]) -> None:
-        """A step along the momentum that has come."""
-        self.take(bucket)
-        self.move(bucket.arithmetic, bucket.batch, group)

@@ -42,9 +42,9 @@ class OneBitLamb(CompressedOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        collective: GradientCollective | None = None,
         lr: float | Tensor = 1e-3,
         *,
+        collective: GradientCollective | None = None,
         freeze_step: FreezeStep = 100000,
         bias_correction: bool = True,
         betas: tuple[float, float] = (0.9, 0.999),

@@ -45,9 +45,9 @@ class ZeroOneAdam(CompressedOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        collective: GradientCollective | None = None,
         lr: float | Tensor = 1e-3,
         *,
+        collective: GradientCollective | None = None,
         var_freeze_step: int = 100000,
         var_update_scaler: int = 16,
         local_step_scaler: int = 32678,
@@ -101,10 +101,7 @@ class ZeroOneAdam(CompressedOptimizer):
 
     def _variance_step(self) -> None:
         self._updates += 1
-        for group in self.param_groups:
-            for arithmetic, batch in self.batches(group):
-                arithmetic.update_moments(batch, arithmetic.gradients(batch, False), *group["betas"])
-                self.move(arithmetic, batch, group)
+        self.mean_step()
         self._counted += 1
         if self._counted == self.defaults["var_update_scaler"]:
             self._counted, self._interval = 0, 2 * self._interval

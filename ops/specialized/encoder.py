@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 
 import torch
-from torch import Tensor
 
 from ops.errors import KernelError
 from ops.generic.encoder_graph import (
@@ -27,6 +26,7 @@ from ops.generic.launch import WIDEST_ROW
 from ops.macro_ops import MacroOps
 from ops.plan import StepPlan
 from ops.spec import ModelSpec, RotaryPositions
+from ops.specialized.addresses import not_plain
 from ops.specialized.encoder_forward import Forward, Norms, Room, TileChoice
 from ops.specialized.tile_table import AHEAD, tile_for
 from ops.weights import ModelWeights
@@ -61,12 +61,6 @@ def _structure(spec: ModelSpec) -> str | None:
     return next((reason for reason, applies in reasons.items() if applies), None)
 
 
-def _not_plain(weights: ModelWeights) -> str | None:
-    linears = [linear for layer in weights.layers for linear in (layer.qkv, layer.out, layer.up, layer.down)]
-    found = next((linear.weight for linear in linears if not isinstance(linear.weight, Tensor)), None)
-    return None if found is None else f"it reads plain weights, not {type(found).__name__}"
-
-
 class EncoderPlan(EncoderGraphs):
     """One model's forward over whole sequences by fused tiles."""
 
@@ -87,7 +81,7 @@ class EncoderPlan(EncoderGraphs):
         ``head`` gets hidden rows [R, hidden] (the first of each sequence if the spec's head says so) and becomes part
         of the graph. Raises :class:`KernelError` for a model that this path cannot run. fp32 weights are taken too.
         """
-        reason = _structure(spec) or _not_plain(weights)
+        reason = _structure(spec) or not_plain(weights)
         if reason is not None:
             raise KernelError(
                 f'the encoder path cannot run this {spec.family} model: {reason}; set "kernels" to "generic"'
@@ -115,7 +109,7 @@ def encoder_step_plan(
     fewest, tokens = AHEAD.get((spec.hidden, spec.ffn), (1, 0)) if tokens is None else (1, tokens)
     if not tokens:
         return fallback
-    reason = supports(spec, weights.embed.token.dtype) or _not_plain(weights)
+    reason = supports(spec, weights.embed.token.dtype) or not_plain(weights)
     if reason is not None:
         log.info("no encoder path for this %s model: %s", spec.family, reason)
         return fallback

@@ -13,11 +13,12 @@ from ops.generic.attention import sequence_attention
 from ops.generic.encoder_graph import Place, StepBuffers
 from ops.generic.launch import power_of_two
 from ops.spec import ALiBiPositions, LearnedPositions, ModelSpec
+from ops.specialized.addresses import linear_parts
 from ops.specialized.encoder_rows import Tables, embed_sequences, norm_rows
 from ops.specialized.tile_gemm import FoldedNorm, RowNorm, Statistics, Workspace, fold, tile_gemm
 from ops.specialized.tile_table import Tile
 from ops.triton_support import dependent_launch
-from ops.weights import Linear, ModelWeights, Norm
+from ops.weights import Embeddings, Linear, ModelWeights, Norm
 
 #: No tile has fewer columns.
 NARROWEST = 16
@@ -122,6 +123,37 @@ def _pending(spec: ModelSpec, weights: ModelWeights, index: int) -> tuple[Norm |
     return (weights.layers[index - 1].ffn_norm if index else weights.embed.norm), layer.attn_norm
 
 
+def embed_step(
+    spec: ModelSpec,
+    embed: Embeddings,
+    buffers: StepBuffers,
+    place: Place,
+    *,
+    out: Tensor,
+    statistics: Statistics,
+    pdl: bool = False,
+) -> None:
+    """The sums of embeddings of a step's rows into ``out`` [rows, hidden], with their ``statistics``."""
+    learned = spec.positions if isinstance(spec.positions, LearnedPositions) else None
+    tables = Tables(
+        embed.token,
+        embed.position if learned is not None else None,
+        learned.offset if learned is not None else 0,
+        embed.token_type,
+        spec.embedding_scale,
+    )
+    embed_sequences(
+        buffers.ids[: place.rows],
+        buffers.types[: place.rows] if place.typed and embed.token_type is not None else None,
+        buffers.starts[: power_of_two(place.sequences + 1)],
+        tables,
+        out=out,
+        statistics=statistics,
+        wrong=buffers.wrong,
+        pdl=pdl,
+    )
+
+
 @dataclass(frozen=True)
 class _Stream:
     """The residual stream: a raw sum, its statistics if they are known, and the norm that its consumer applies; or that
@@ -173,29 +205,11 @@ class Forward:
         return self.weights.final_norm if self.spec.placement == "pre" else self.weights.layers[-1].ffn_norm
 
     def _embed(self) -> _Stream:
-        spec, buffers, rows, embed = self.spec, self.buffers, self.place.rows, self.weights.embed
-        learned = spec.positions if isinstance(spec.positions, LearnedPositions) else None
-        tables = Tables(
-            embed.token,
-            embed.position if learned is not None else None,
-            learned.offset if learned is not None else 0,
-            embed.token_type,
-            spec.embedding_scale,
-        )
-        pending = _pending(spec, self.weights, 0)[0]
+        spec, pending = self.spec, _pending(self.spec, self.weights, 0)[0]
         # As wide as those that later layers leave, so that one compiled kernel reads both.
         statistics = self._statistics(1, self._tile(spec.hidden, spec.ffn).columns)
-        out = self.room.streams[1][:rows]
-        embed_sequences(
-            buffers.ids[:rows],
-            buffers.types[:rows] if self.place.typed and embed.token_type is not None else None,
-            buffers.starts[: power_of_two(self.place.sequences + 1)],
-            tables,
-            out=out,
-            statistics=statistics,
-            wrong=buffers.wrong,
-            pdl=self._pdl,
-        )
+        out = self.room.streams[1][: self.place.rows]
+        embed_step(spec, self.weights.embed, self.buffers, self.place, out=out, statistics=statistics, pdl=self._pdl)
         return self._left(_Stream(out, statistics, pending))
 
     def _attend(self, index: int, qkv: Tensor) -> Tensor:
@@ -218,7 +232,7 @@ class Forward:
 
     def _product(self, stream: _Stream, linear: Linear, room: Tensor, *, activate: bool = False) -> Tensor:
         """``norm(stream) W^T + b``, activated if asked."""
-        weight, bias = _plain(linear)
+        weight, bias = linear_parts(linear)
         out = room[: self.place.rows]
         x, norm = stream.raw, self._row_norm(stream)
         folded: FoldedNorm | None = None
@@ -243,7 +257,7 @@ class Forward:
         self, x: Tensor, linear: Linear, stream: _Stream, which: int, pending: Norm | None, last: bool = False
     ) -> _Stream:
         """The residual plus ``x W^T + b``: a new stream in buffer ``which``. The last one's norm reads whole rows."""
-        weight, bias = _plain(linear)
+        weight, bias = linear_parts(linear)
         post = self.spec.placement == "post"
         tile = self._tile(*weight.shape)
         statistics = None
@@ -299,8 +313,3 @@ class Forward:
     def _statistics(self, which: int, width: int) -> Statistics:
         rows, parts = self.place.rows, -(-self.spec.hidden // width)
         return Statistics(self.room.statistics[which][: 2 * rows * parts].view(2, rows, parts), width)
-
-
-def _plain(linear: Linear) -> tuple[Tensor, Tensor | None]:
-    assert isinstance(linear.weight, Tensor), "EncoderPlan has refused other weights"
-    return linear.weight, linear.bias

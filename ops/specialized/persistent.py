@@ -22,7 +22,8 @@ from ops.errors import KernelError
 from ops.plan import DecodeState
 from ops.quantization.tensor import QuantizedTensor
 from ops.spec import Activation, ALiBiPositions, LearnedPositions, ModelSpec, RotaryPositions
-from ops.weights import LayerWeights, Linear, ModelWeights, Norm
+from ops.specialized.addresses import address, linear_parts, norm_parts
+from ops.weights import LayerWeights, ModelWeights
 
 log = logging.getLogger("slipstream.kernels")
 
@@ -346,7 +347,7 @@ def _table(
     head = weights.head
     assert head is not None
     assert head.out is not None
-    entries = [weights.embed.token, weights.embed.position, *_norm(weights.final_norm), *_linear(head.out)]
+    entries = [weights.embed.token, weights.embed.position, *norm_parts(weights.final_norm), *linear_parts(head.out)]
     entries += [
         state.block_table,
         state.tokens,
@@ -356,7 +357,7 @@ def _table(
         logits,
     ]
     entries += [buffers[name] for name in EXCHANGED]
-    words = [_address(entry) for entry in entries] + [state.block_table.shape[1]]
+    words = [address(entry) for entry in entries] + [state.block_table.shape[1]]
     assert len(words) == POINTERS
     for index, layer in enumerate(weights.layers):
         words += [*_layer(layer, state.keys[index], state.values[index]), spec.window(index) or 0]
@@ -365,22 +366,6 @@ def _table(
 
 
 def _layer(layer: LayerWeights, keys: Tensor, values: Tensor) -> list[int]:
-    parts = [*_norm(layer.attn_norm), *_linear(layer.qkv), *_linear(layer.out), *_norm(layer.ffn_norm)]
-    return [_address(part) for part in [*parts, *_linear(layer.up), *_linear(layer.down), keys, values]]
-
-
-def _norm(norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if norm is None else (norm.weight, norm.bias)
-
-
-def _linear(linear: Linear) -> tuple[Tensor, Tensor | None]:
-    assert isinstance(linear.weight, Tensor)
-    return linear.weight, linear.bias
-
-
-def _address(tensor: Tensor | None) -> int:
-    if tensor is None:
-        return 0
-    assert tensor.is_contiguous()
-    assert tensor.data_ptr() % 16 == 0, "bulk copies and vector loads need 16-byte addresses"
-    return tensor.data_ptr()
+    parts: list[Tensor | None] = [*norm_parts(layer.attn_norm), *linear_parts(layer.qkv), *linear_parts(layer.out)]
+    parts += [*norm_parts(layer.ffn_norm), *linear_parts(layer.up), *linear_parts(layer.down), keys, values]
+    return [address(part) for part in parts]

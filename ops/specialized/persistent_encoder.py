@@ -21,13 +21,14 @@ from torch import Tensor
 from ops.cache import cache_directory, write_aside
 from ops.errors import KernelError
 from ops.generic.encoder_graph import EncoderGraphs, Head, Limits, Place, StaticForward, StepBuffers
-from ops.generic.launch import power_of_two
 from ops.spec import LearnedPositions, ModelSpec
-from ops.specialized.encoder_rows import Tables, embed_sequences, norm_rows
+from ops.specialized.addresses import address, linear_parts, norm_parts, not_plain
+from ops.specialized.encoder_forward import embed_step
+from ops.specialized.encoder_rows import norm_rows
 from ops.specialized.persistent import ACTIVATIONS, SHARED_LIMIT, text_of
 from ops.specialized.tile_gemm import Statistics
 from ops.specialized.tile_map import TILE, Driver
-from ops.weights import LayerWeights, Linear, ModelWeights, Norm
+from ops.weights import LayerWeights, ModelWeights
 
 log = logging.getLogger("slipstream.kernels")
 
@@ -126,7 +127,7 @@ def unsupported(spec: ModelSpec, weights: ModelWeights | None, dtype: torch.dtyp
         return "it needs a Hopper GPU (compute capability 9.0)"
     if importlib.util.find_spec("cupy") is None:
         return "it needs CuPy (pip install cupy-cuda12x)"
-    return structure(spec, dtype) or (None if weights is None else _not_plain(weights))
+    return structure(spec, dtype) or (None if weights is None else not_plain(weights))
 
 
 def structure(spec: ModelSpec, dtype: torch.dtype) -> str | None:
@@ -146,12 +147,6 @@ def structure(spec: ModelSpec, dtype: torch.dtype) -> str | None:
         "it has layers": spec.layers == 0,
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
-
-
-def _not_plain(weights: ModelWeights) -> str | None:
-    linears = [linear for layer in weights.layers for linear in (layer.qkv, layer.out, layer.up, layer.down)]
-    found = next((linear.weight for linear in linears if not isinstance(linear.weight, Tensor)), None)
-    return None if found is None else f"it reads plain weights, not {type(found).__name__}"
 
 
 def macros(spec: ModelSpec, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
@@ -248,7 +243,7 @@ class EncoderRoom:
         self.statistics = torch.zeros(2 * rows * ceil_div(spec.hidden, TILE), dtype=torch.float32, device=device)
         self.arrivals = torch.zeros(1, dtype=torch.int32, device=device)
         self.turns = torch.zeros(self.blocks, dtype=torch.int32, device=device)
-        words = [_address(part) for layer in weights.layers for part in _constants(layer)]
+        words = [address(part) for layer in weights.layers for part in _constants(layer)]
         self.pointers = torch.tensor(words, dtype=torch.int64).to(device)
         self.kernels: dict[int, tuple[Any, Tensor]] = {}
 
@@ -264,7 +259,7 @@ class EncoderRoom:
                     (layer.up, layout.up),
                     (layer.down, layout.down),
                 )
-                maps += [driver.tile_map(_weight(linear), units.wide) for linear, units in pairs]
+                maps += [driver.tile_map(linear_parts(linear)[0], units.wide) for linear, units in pairs]
             device = self.normed.device
             with torch.cuda.device(device):
                 kernel = compile_kernel(source(spec, layout, self.normed.dtype))
@@ -293,20 +288,11 @@ class PersistentForward:
         return self.room.normed.index_select(0, self.buffers.starts[: self.place.sequences])
 
     def _embed(self) -> None:
-        spec, buffers, room, embed, rows = self.spec, self.buffers, self.room, self.weights.embed, self.place.rows
-        assert isinstance(spec.positions, LearnedPositions)
-        tables = Tables(embed.token, embed.position, spec.positions.offset, embed.token_type, spec.embedding_scale)
+        spec, room, embed, rows = self.spec, self.room, self.weights.embed, self.place.rows
         parts = ceil_div(spec.hidden, TILE)
         out = room.normed[:rows] if embed.norm is None else room.embedded[:rows]
-        embed_sequences(
-            buffers.ids[:rows],
-            buffers.types[:rows] if self.place.typed and embed.token_type is not None else None,
-            buffers.starts[: power_of_two(self.place.sequences + 1)],
-            tables,
-            out=out,
-            statistics=Statistics(room.statistics[: 2 * rows * parts].view(2, rows, parts), TILE),
-            wrong=buffers.wrong,
-        )
+        statistics = Statistics(room.statistics[: 2 * rows * parts].view(2, rows, parts), TILE)
+        embed_step(spec, embed, self.buffers, self.place, out=out, statistics=statistics)
         if embed.norm is not None:
             norm = embed.norm
             norm_rows(out, norm.weight, norm.bias, spec.norm, spec.norm_eps, out=room.normed[:rows])
@@ -360,23 +346,5 @@ class PersistentEncoder(EncoderGraphs):
 
 def _constants(layer: LayerWeights) -> list[Tensor | None]:
     """In the order of LayerPointer."""
-    return [
-        layer.qkv.bias, layer.out.bias, *_norm(layer.attn_norm), layer.up.bias, layer.down.bias, *_norm(layer.ffn_norm)
-    ]  # fmt: skip
-
-
-def _norm(norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if norm is None else (norm.weight, norm.bias)
-
-
-def _weight(linear: Linear) -> Tensor:
-    assert isinstance(linear.weight, Tensor)
-    return linear.weight
-
-
-def _address(tensor: Tensor | None) -> int:
-    if tensor is None:
-        return 0
-    assert tensor.is_contiguous()
-    assert tensor.data_ptr() % 16 == 0, "vector loads need 16-byte addresses"
-    return tensor.data_ptr()
+    first = [layer.qkv.bias, layer.out.bias, *norm_parts(layer.attn_norm)]
+    return [*first, layer.up.bias, layer.down.bias, *norm_parts(layer.ffn_norm)]

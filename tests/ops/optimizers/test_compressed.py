@@ -104,7 +104,7 @@ def trained(
 ) -> list[Tensor]:
     """A rank's weights behind all steps."""
     weights = [nn.Parameter(weight) for weight in started()]
-    optimizer = KINDS[kind](weights, collective, lr=0.01, weight_decay=0.1, **options)
+    optimizer = KINDS[kind](weights, collective=collective, lr=0.01, weight_decay=0.1, **options)
     for step in grads:
         for weight, grad in zip(weights, step[collective.rank], strict=True):
             weight.grad = grad.clone()
@@ -178,7 +178,7 @@ def small(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> tupl
     late = "var_freeze_step" if kind == "zero_one" else "freeze_step"
     # One virtual rank: it exchanges with itself, where a single process leaves its momentum as it is.
     alone = SimulatedCollective(1).ranks[0]
-    return KINDS[kind]([("w", weight)], alone, lr=0.01, **{late: 2, **options}), weight
+    return KINDS[kind]([("w", weight)], collective=alone, lr=0.01, **{late: 2, **options}), weight
 
 
 def make_steps(optimizer: CompressedOptimizer, weight: nn.Parameter, count: int, seed: int = 0) -> list[Tensor]:
@@ -215,7 +215,7 @@ def test_a_number_that_is_none_skips_the_step_on_all(kind: str) -> None:
     def run(collective: GradientCollective) -> None:
         weight = nn.Parameter(torch.ones(5, 3))
         late = "var_freeze_step" if kind == "zero_one" else "freeze_step"
-        optimizer = KINDS[kind]([weight], collective, lr=0.1, **{late: 2})
+        optimizer = KINDS[kind]([weight], collective=collective, lr=0.1, **{late: 2})
         for step in range(5):
             weight.grad = torch.full_like(weight, 0.5 + collective.rank)
             if step in (1, 4) and collective.rank == 1:
@@ -237,7 +237,7 @@ def test_clipping_takes_one_factor_for_all(freeze: int) -> None:
 
     def run(collective: GradientCollective) -> Tensor:
         weight = nn.Parameter(torch.zeros(4))
-        optimizer = OneBitAdam([weight], Exact(collective), freeze_step=freeze, max_grad_norm=1.0)
+        optimizer = OneBitAdam([weight], collective=Exact(collective), freeze_step=freeze, max_grad_norm=1.0)
         weight.grad = torch.zeros(4)
         optimizer.step()
         weight.grad = torch.tensor([3.0, 0.0, 0.0, 0.0] if collective.rank else [0.0, 4.0, 0.0, 0.0])
@@ -283,7 +283,7 @@ def test_processes_with_other_gradients_are_told() -> None:
     def run(collective: GradientCollective) -> None:
         weight = nn.Parameter(torch.ones(3 + collective.rank))
         weight.grad = torch.ones_like(weight)
-        OneBitAdam([weight], collective).step()
+        OneBitAdam([weight], collective=collective).step()
 
     with pytest.raises(
         OptimizerError, match=r"processes have not the same gradients: \d elements here, 3.5 in the mean"
@@ -323,6 +323,7 @@ def test_errors_of_another_world_begin_anew(caplog: pytest.LogCaptureFixture) ->
     ("kind", "options", "message"),
     [
         ("adam", {"freeze_step": 0}, "freeze_step is 0: use a number of steps from 1, or"),
+        ("adam", {"collective": "nccl"}, "collective is 'nccl': use one of ops.compression, or None for one process"),
         ("adam", {"freeze_step": "never"}, "freeze_step is 'never'"),
         ("adam", {"max_grad_norm": -1.0}, "max_grad_norm is -1.0"),
         ("lamb", {"factor_min": 5.0}, "factor_min is 5.0, above factor_max 4.0"),

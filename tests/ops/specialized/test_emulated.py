@@ -14,7 +14,7 @@ from torch import Tensor
 from ops import reference
 from ops.plan import StepInputs
 from ops.spec import LearnedPositions, ModelSpec
-from ops.specialized import persistent, persistent_encoder
+from ops.specialized import addresses, persistent, persistent_encoder
 from ops.specialized.persistent_encoder import Layout, Units
 from ops.weights import ModelWeights
 from tests.ops.specialized import emulator, models, test_encoder
@@ -138,11 +138,9 @@ def encoded(one: ModelSpec, lengths: tuple[int, ...], dtype: torch.dtype, layout
     for layer in weights.layers:
         linears = (layer.qkv, layer.out, layer.up, layer.down)
         for linear, units in zip(linears, layout.units, strict=True):
-            weight = persistent_encoder._weight(linear)
+            weight = addresses.linear_parts(linear)[0]
             maps.append([weight.data_ptr(), *weight.shape, units.wide])
-    words = [
-        persistent_encoder._address(part) for layer in weights.layers for part in persistent_encoder._constants(layer)
-    ]
+    words = [addresses.address(part) for layer in weights.layers for part in persistent_encoder._constants(layer)]
     tensors = (
         torch.tensor(maps), torch.tensor(words), normed, qkv, attended, activations, partials, arrivals, turns, starts
     )  # fmt: skip
