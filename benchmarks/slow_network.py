@@ -111,8 +111,8 @@ def measure_row(chosen: argparse.Namespace, rate: str, seconds: float, results: 
     steps = [max(each) for each in zip(*(one["seconds"] for one in results), strict=True)]
     row["step s"] = statistics.median(steps)
     if chosen.measure:
-        row["expected s"] = expected_seconds(chosen.elements, chosen.dtype, chosen.hosts, rate)
-    row["step sent MB"] = max(statistics.median(one["sent"]) for one in results) / 1e6
+        row["ideal s"] = expected_seconds(chosen.elements, chosen.dtype, chosen.hosts, rate)
+    row["step MB"] = max(statistics.median(one["sent"]) for one in results) / 1e6
     row["steps"] = results
 
 
@@ -124,7 +124,7 @@ def run(chosen: argparse.Namespace, command: Sequence[str]) -> list[dict[str, An
             seconds, results = run_ranks(network, command, chosen.timeout)
             counted = network.counters()
         sent, received = max(one.sent for one in counted), max(one.received for one in counted)
-        row: dict[str, Any] = {"rate": rate, "s": seconds, "sent MB": sent / 1e6, "received MB": received / 1e6}
+        row: dict[str, Any] = {"rate": rate, "s": seconds, "sent MB": sent / 1e6, "got MB": received / 1e6}
         row["Mbit/s"] = max(sent, received) * 8 / seconds / 1e6
         if all(results):
             measure_row(chosen, rate, seconds, results, row)
