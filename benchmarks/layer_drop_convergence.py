@@ -96,7 +96,7 @@ def finetune(chosen: argparse.Namespace) -> None:
             lr=chosen.tune_lr,
             epochs=chosen.epochs,
             batch=chosen.tune_batch,
-            seeds=chosen.seeds,
+            seeds=tuple(chosen.tune_seeds),
             precision=chosen.precision,
         )
         convergence_tune.finetune(chosen.run, task, tuning, chosen.out, device_of(chosen.device), say)
@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--tune-lr", metavar="LR", type=float, default=5e-5, help="(5e-5)")
     tune.add_argument("--epochs", type=float, default=3, help="(3)")
     tune.add_argument("--tune-batch", metavar="N", type=options.count, default=32, help="(32)")
-    tune.add_argument("--seeds", metavar="N", type=options.count, default=3, help="(3)")
+    tune.add_argument("--tune-seeds", metavar="N", type=int, nargs="+", default=[1, 2, 3], help="one by one (1 2 3)")
     parser.add_argument("--png", metavar="FILE", type=Path, help="draw the curves of --plot (needs matplotlib)")
     return parser
 
