@@ -34,7 +34,9 @@ struct Product {
 // Shared memory, in bytes. Tiles begin at multiples of 1024, as their swizzle wants it.
 constexpr int SCRATCH_AT = STAGES * STAGE_BYTES;
 constexpr int V_PITCH = 2 * HEAD_DIM + 16, V_BYTES = 4 * LONGEST_PART * V_PITCH, SUM_BYTES = 4 * 16 * HEAD_DIM * 4;
-constexpr int SCRATCH = V_BYTES > SUM_BYTES ? V_BYTES : SUM_BYTES;
+constexpr int SPAN = 64, STAGED_PITCH = 4 * SPAN + 16, STAGED_BYTES = 4 * 16 * STAGED_PITCH;   // results on their way out
+__host__ __device__ constexpr int most(int a, int b) { return a > b ? a : b; }
+constexpr int SCRATCH = most(most(V_BYTES, SUM_BYTES), STAGED_BYTES);
 constexpr int STATS_AT = SCRATCH_AT + SCRATCH;      // [4][16] float2: each warp's maximum and sum of 16 queries; norms' sums
 constexpr int RANGES_AT = STATS_AT + 4 * 16 * 8;    // [ROW_TILES * TILE] ushort2: the sequence of each row, begin and end
 constexpr int FULL_AT = RANGES_AT + ROW_TILES * TILE * 4, EMPTY_AT = FULL_AT + 8 * STAGES;
@@ -66,11 +68,13 @@ __device__ __forceinline__ void consumers_sync() { named_sync<1, CONSUMERS>(); }
 
 // ---- the barrier among blocks: a counter that only grows ----
 
+// One thread's fence speaks for all that it has met.
 __device__ __forceinline__ void arrive(Block& b) {
+    consumers_sync();
+    if (b.thread != 0) return;
     proxy_fence();
     __threadfence();
-    consumers_sync();
-    if (b.thread == 0) add_one(b.arrivals);
+    add_one(b.arrivals);
 }
 
 __device__ __forceinline__ void await_blocks(const Block& b, u32 wanted) {

@@ -99,6 +99,34 @@ __device__ __forceinline__ void begin_product(Block& b) {
     if (b.id >= Product<KIND>::UNITS) begin_phase(b);
 }
 
+// A unit's results to memory, of rows that there are; `pair(j, half)` gives two neighbours: 16-bit or fp32. By way of shared
+// memory, so that what a warp stores at a time lies side by side: as the sums lie, a store would touch eight rows.
+template <int KIND, class Pair, class Get>
+__device__ __forceinline__ void put_unit(const Block& b, int unit, void* out, Get pair) {
+    using P = Product<KIND>;
+    constexpr int BYTES = sizeof(Pair) / 2, PITCH = SPAN * BYTES + 16;
+    char* mine = memory + SCRATCH_AT + b.warp * 16 * PITCH;
+    const int row0 = P::rows(unit) + 16 * b.warp, rows = min(16, b.rows - row0);
+    if (rows <= 0) return;
+#pragma unroll
+    for (int from = 0; from < P::WIDE; from += SPAN) {
+        const int wide = from + SPAN < P::WIDE ? SPAN : P::WIDE - from, pieces = wide * BYTES / 16;
+        __syncwarp();   // what was there has been read
+#pragma unroll
+        for (int j = 0; j < SPAN / 8; ++j)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                if (8 * j < wide)
+                    *(Pair*)(mine + (b.quad + 8 * half) * PITCH + (8 * j + 2 * b.place) * BYTES) = pair(from / 8 + j, half);
+        __syncwarp();
+        for (int i = b.lane; i < rows * pieces; i += 32) {
+            const int row = i / pieces, at = 16 * (i % pieces), n = P::column(unit) + from + at / BYTES;
+            if (n < P::N)
+                *(uint4*)((char*)out + ((size_t)(row0 + row) * P::N + n) * BYTES) = *(const uint4*)(mine + row * PITCH + at);
+        }
+    }
+}
+
 // QKV and up: bias, activation, and 16-bit rows.
 template <int KIND>
 __device__ __forceinline__ void whole_product(Block& b, int layer, u16* out) {
@@ -107,20 +135,15 @@ __device__ __forceinline__ void whole_product(Block& b, int layer, u16* out) {
     begin_product<KIND>(b);
     for (int unit = b.id; unit < P::UNITS; unit += BLOCKS) {
         float d[P::WIDE / 2];
+        u32 biases[P::WIDE / 8];
+#pragma unroll
+        for (int j = 0; j < P::WIDE / 8; ++j)
+            biases[j] = constant_word(bias, min(P::column(unit) + 8 * j, P::N - 8) + 2 * b.place);
         multiply<KIND>(b, unit, d);
-        const int row = P::rows(unit) + 16 * b.warp + b.quad, column = P::column(unit) + 2 * b.place;
-#pragma unroll
-        for (int j = 0; j < P::WIDE / 8; ++j) {
-            const int n = column + 8 * j;
-            if (n >= P::N) break;
-            const u32 pair = bias ? __ldg((const u32*)(bias + n)) : 0;
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                float x = d[4 * j + 2 * half] + low_of(pair), y = d[4 * j + 2 * half + 1] + high_of(pair);
-                if (KIND == UP) x = activate(x), y = activate(y);
-                *(u32*)(out + (size_t)(row + 8 * half) * P::N + n) = narrow2(x, y);
-            }
-        }
+        put_unit<KIND, u32>(b, unit, out, [&](int j, int half) {
+            const float x = d[4 * j + 2 * half] + low_of(biases[j]), y = d[4 * j + 2 * half + 1] + high_of(biases[j]);
+            return KIND == UP ? narrow2(activate(x), activate(y)) : narrow2(x, y);
+        });
     }
     arrive(b);
 }
@@ -133,15 +156,10 @@ __device__ __forceinline__ void split_product(Block& b) {
     for (int unit = b.id; unit < P::UNITS; unit += BLOCKS) {
         float d[P::WIDE / 2];
         multiply<KIND>(b, unit, d);
-        const int row = P::rows(unit) + 16 * b.warp + b.quad, column = P::column(unit) + 2 * b.place;
         float* out = b.partials + (size_t)P::part(unit) * (ROW_TILES * TILE * HIDDEN);
-#pragma unroll
-        for (int j = 0; j < P::WIDE / 8; ++j) {
-            const int n = column + 8 * j;
-            if (n >= P::N) break;
-            *(float2*)(out + (size_t)row * HIDDEN + n) = make_float2(d[4 * j], d[4 * j + 1]);
-            *(float2*)(out + (size_t)(row + 8) * HIDDEN + n) = make_float2(d[4 * j + 2], d[4 * j + 3]);
-        }
+        put_unit<KIND, float2>(b, unit, out, [&](int j, int half) {
+            return make_float2(d[4 * j + 2 * half], d[4 * j + 2 * half + 1]);
+        });
     }
     arrive(b);
 }

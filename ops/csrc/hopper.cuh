@@ -22,6 +22,13 @@ __device__ __forceinline__ float2 load_float2(const float* p) {
     return v;
 }
 
+// A pair of a vector that no launch writes, or zeros; asked for here, not where it is used.
+__device__ __forceinline__ u32 constant_word(const u16* vector, int at) {
+    u32 pair = 0;
+    if (vector) asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(pair) : "l"(vector + at));
+    return pair;
+}
+
 // ---- tiles ----
 
 __device__ __forceinline__ void tile_copy(u32 to, const Map* map, int column, int row, u32 bar) {

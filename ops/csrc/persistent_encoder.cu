@@ -18,6 +18,12 @@ __device__ __forceinline__ float sum_of_consumers(const Block& b, float value, i
 template <int SPLIT>
 __device__ __forceinline__ void add_and_norm(Block& b, const u16* bias, const u16* gain, const u16* shift) {
     constexpr int EACH = ceil_div(HIDDEN / 2, CONSUMERS);
+    u32 biases[EACH], gains[EACH], shifts[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+        const int n = 2 * min(b.thread + i * CONSUMERS, HIDDEN / 2 - 1);
+        biases[i] = constant_word(bias, n), gains[i] = constant_word(gain, n), shifts[i] = constant_word(shift, n);
+    }
     begin_phase(b);
 #pragma unroll 1
     for (int row = b.id; row < b.rows; row += BLOCKS) {
@@ -26,8 +32,8 @@ __device__ __forceinline__ void add_and_norm(Block& b, const u16* bias, const u1
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
             const int n = 2 * min(b.thread + i * CONSUMERS, HIDDEN / 2 - 1);
-            const u32 old = load_l2_word(stream + n), added = bias ? __ldg((const u32*)(bias + n)) : 0;
-            v[i] = make_float2(low_of(old) + low_of(added), high_of(old) + high_of(added));
+            const u32 old = load_l2_word(stream + n);
+            v[i] = make_float2(low_of(old) + low_of(biases[i]), high_of(old) + high_of(biases[i]));
 #pragma unroll
             for (int part = 0; part < SPLIT; ++part) {
                 const float2 sum = load_float2(b.partials + ((size_t)part * (ROW_TILES * TILE) + row) * HIDDEN + n);
@@ -50,9 +56,8 @@ __device__ __forceinline__ void add_and_norm(Block& b, const u16* bias, const u1
         for (int i = 0; i < EACH; ++i) {
             const int n = 2 * (b.thread + i * CONSUMERS);
             if (n >= HIDDEN) break;
-            const u32 g = __ldg((const u32*)(gain + n)), s = shift ? __ldg((const u32*)(shift + n)) : 0;
-            *(u32*)(stream + n) = narrow2((v[i].x - mean) * scale * low_of(g) + low_of(s),
-                                          (v[i].y - mean) * scale * high_of(g) + high_of(s));
+            *(u32*)(stream + n) = narrow2((v[i].x - mean) * scale * low_of(gains[i]) + low_of(shifts[i]),
+                                          (v[i].y - mean) * scale * high_of(gains[i]) + high_of(shifts[i]));
         }
         consumers_sync();   // the sums are used again
     }

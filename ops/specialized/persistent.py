@@ -23,6 +23,7 @@ from ops.plan import DecodeState
 from ops.quantization.tensor import QuantizedTensor
 from ops.spec import Activation, ALiBiPositions, LearnedPositions, ModelSpec, RotaryPositions
 from ops.specialized.addresses import address, linear_parts, norm_parts
+from ops.specialized.streams import current_stream
 from ops.weights import LayerWeights, ModelWeights
 
 log = logging.getLogger("slipstream.kernels")
@@ -282,7 +283,6 @@ class PersistentDecoder:
         chosen = _table(spec, weights, state, self._buffers, constants, None)
         full = _table(spec, weights, state, self._buffers, constants, self._logits)
         self._tables = {True: chosen.to(device), False: full.to(device)}
-        self._streams: dict[int, Any] = {}
 
     def logits(self, longest: int) -> Tensor:
         """One step: [rows, vocabulary] fp32. Any context that the block table holds is served."""
@@ -298,10 +298,8 @@ class PersistentDecoder:
     def _launch(self, out: Tensor, *, greedy: bool) -> None:
         import cupy
 
-        table, stream = self._tables[greedy], torch.cuda.current_stream(self.device).cuda_stream
-        if stream not in self._streams:
-            self._streams[stream] = cupy.cuda.ExternalStream(stream)
-        with cupy.cuda.Device(self.device.index), self._streams[stream]:
+        table = self._tables[greedy]
+        with cupy.cuda.Device(self.device.index), current_stream(self.device):
             arguments = (table.data_ptr(), out.data_ptr(), cupy.int32(out.shape[0]), cupy.int32(greedy))
             self._kernel((self.blocks,), (THREADS,), arguments, shared_mem=self.layout.total)
 

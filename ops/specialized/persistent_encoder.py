@@ -26,6 +26,7 @@ from ops.specialized.addresses import address, linear_parts, norm_parts, not_pla
 from ops.specialized.encoder_forward import embed_step
 from ops.specialized.encoder_rows import norm_rows
 from ops.specialized.persistent import ACTIVATIONS, SHARED_LIMIT, text_of
+from ops.specialized.streams import current_stream
 from ops.specialized.tile_gemm import Statistics
 from ops.specialized.tile_map import TILE, Driver
 from ops.weights import LayerWeights, ModelWeights
@@ -33,7 +34,7 @@ from ops.weights import LayerWeights, ModelWeights
 log = logging.getLogger("slipstream.kernels")
 
 SOURCES = ("encoder_common.cuh", "encoder_product.cuh", "encoder_attention.cuh", "persistent_encoder.cu")
-THREADS, PARTS = 160, 128
+THREADS, PARTS, STAGED_BYTES = 160, 128, 4 * 16 * (4 * 64 + 16)
 #: Columns that one instruction multiplies with, at most, and the fewest tiles that are on their way at a time.
 WIDEST, FEWEST_STAGES, MOST_STAGES = 256, 4, 24
 #: For the choice of units. Bytes that one multiprocessor, and all, get from L2 in a microsecond; multiplications.
@@ -108,7 +109,7 @@ class Layout:
         cls, spec: ModelSpec, row_tiles: int, blocks: int, qkv: Units, out: Units, up: Units, down: Units
     ) -> Layout:
         """The layout with products cut like that, and as long a ring as there is room for."""
-        scratch = max(PARTS * (2 * spec.head_dim + 16), 4 * 16 * spec.head_dim * 4)
+        scratch = max(PARTS * (2 * spec.head_dim + 16), 4 * 16 * spec.head_dim * 4, STAGED_BYTES)
         rest = scratch + 4 * 16 * 8 + row_tiles * TILE * 4 + MOST_STAGES * 16 + 1024
         stage = 128 * (TILE + max(qkv.wide, out.wide, up.wide, down.wide))
         stages = min((SHARED_LIMIT - rest) // stage, MOST_STAGES)
@@ -309,8 +310,7 @@ class PersistentForward:
             )
         ]  # fmt: skip
         arguments = (*pointers, cupy.int32(self.place.sequences), cupy.int32(self.place.rows))
-        stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream)
-        with cupy.cuda.Device(device.index), stream:
+        with cupy.cuda.Device(device.index), current_stream(device):
             self._kernel((room.blocks,), (THREADS,), arguments, shared_mem=SHARED_LIMIT)
 
 

@@ -61,9 +61,9 @@ def tiles(m: int, n: int, k: int, dtype: torch.dtype) -> Tile:
     return Tile(16, 32, 16, warps=2, stages=2)
 
 
-def packed(one: ModelSpec, dtype: torch.dtype, device: str = "cpu") -> ModelWeights:
+def packed(one: ModelSpec, dtype: torch.dtype, device: str = "cpu", scale: float = 0.2) -> ModelWeights:
     weights = {
-        name: noise(*shape, seed=i) * (0.2 if len(shape) == 2 else 1) + (1 if "norm.weight" in name else 0)
+        name: noise(*shape, seed=i) * (scale if len(shape) == 2 else 1) + (1 if "norm.weight" in name else 0)
         for i, (name, shape) in enumerate(one.weight_shapes().items())
     }
     return Packer(one, StateDictSource(weights), torch.device(device), dtype).pack()
@@ -78,7 +78,7 @@ def batch(one: ModelSpec, lengths: tuple[int, ...], device: str = "cpu", seed: i
     return StepInputs(ids.to(device), positions.to(device), lengths, types)
 
 
-def exact(one: ModelSpec, inputs: StepInputs) -> StepResult:
+def exact(one: ModelSpec, inputs: StepInputs, scale: float = 0.2) -> StepResult:
     """In fp64 by the eager set."""
     on_cpu = replace(
         inputs,
@@ -88,7 +88,7 @@ def exact(one: ModelSpec, inputs: StepInputs) -> StepResult:
         rows=None if inputs.rows is None else inputs.rows.cpu(),
         memo={},
     )
-    launches = walk(one, packed(one, torch.float64), EagerKernels(), SingleProcess())
+    launches = walk(one, packed(one, torch.float64, scale=scale), EagerKernels(), SingleProcess())
     return StepPlan(Bucket("encode"), launches).run(on_cpu)
 
 

@@ -37,17 +37,23 @@ LARGE = replace(BERT, hidden=1024, layers=24, heads=16, kv_heads=16, ffn=4096)
 LENGTHS = [(1,), (16,), (5, 3, 9), (64,), (65,), (128,), (1,) * 20, (100, 28, 60), (200, 184), (500,), (512,)]
 
 
+def scale(one: ModelSpec) -> float:
+    """Of weights: products neither grow nor shrink. Larger ones make attention so sharp that 16 bits of a query decide
+    whose value it takes: eager's and generic's results are then as far from exact ones as this kernel's."""
+    return one.hidden**-0.5
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALVES, ids=["fp16", "bf16"])
 @pytest.mark.parametrize("name", SPECS)
 def test_hidden_states_against_eager(name: str, dtype: torch.dtype) -> None:
     one = SPECS[name]
-    plan = PersistentEncoder(one, packed(one, dtype, "cuda"))
+    plan = PersistentEncoder(one, packed(one, dtype, "cuda", scale(one)))
     for seed, lengths in enumerate(LENGTHS):
         inputs = batch(one, lengths, "cuda", seed)
         types = inputs.token_types if seed % 2 and one.token_types else None
         hidden = plan.run(inputs.token_ids, types, lengths)
-        assert_close(hidden, exact(one, replace(inputs, token_types=types)).hidden, dtype)
+        assert_close(hidden, exact(one, replace(inputs, token_types=types), scale(one)).hidden, dtype)
         assert torch.equal(hidden, plan.run(inputs.token_ids, types, lengths)), "it is the same each time"
 
 
@@ -56,10 +62,11 @@ def test_hidden_states_against_eager(name: str, dtype: torch.dtype) -> None:
 def test_real_shapes(one: ModelSpec) -> None:
     """Two layers of them."""
     one = replace(one, layers=2, vocab_size=1000)
-    plan = PersistentEncoder(one, packed(one, torch.float16, "cuda"))
+    plan = PersistentEncoder(one, packed(one, torch.float16, "cuda", scale(one)))
     for lengths in ((16,), (128,), (384,), (128,) * 4):
         inputs = batch(one, lengths, "cuda")
-        assert_close(plan.run(inputs.token_ids, inputs.token_types, lengths), exact(one, inputs).hidden, torch.float16)
+        hidden = plan.run(inputs.token_ids, inputs.token_types, lengths)
+        assert_close(hidden, exact(one, inputs, scale(one)).hidden, torch.float16)
 
 
 @pytest.mark.gpu

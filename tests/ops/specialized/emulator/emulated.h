@@ -380,6 +380,7 @@ inline void tile_copy(u32 to, const Map* map, int column, int row, u32 bar) {
     barrier.bytes -= map->box_rows * 128;
     barrier.look();
 }
+inline u32 constant_word(const u16* vector, int at) { return vector ? *(const u32*)(vector + at) : 0; }
 inline void tile_prefetch(const Map*, int, int) {}
 
 // A matrix descriptor's start address, in units of 16 bytes; rows are 128 bytes, eight of them 1024 (what else it may say is
