@@ -8,11 +8,13 @@ __device__ __forceinline__ void attend(Block& b, int head, int row0) {
     constexpr int BLOCKS32 = HEAD_DIM / 32, WORDS = HEAD_DIM / 8;
     const u16* base = b.qkv + head * HEAD_DIM;
     const int rows[2] = {row0 + b.quad, row0 + b.quad + 8};
-    uint4 q[2][BLOCKS32];
+    uint4 q[2 * BLOCKS32];
+    auto q_at = [&](int i) {   // rows of none are not written
+        return base + (size_t)min(rows[i / BLOCKS32], b.rows - 1) * QKV_SIZE + 32 * (i % BLOCKS32) + 8 * b.place;
+    };
+    bool asked = true;
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int i = 0; i < BLOCKS32; ++i) q[half][i] = load_l2(base + (size_t)rows[half] * QKV_SIZE + 32 * i + 8 * b.place);
+    for (int i = 0; i < 2 * BLOCKS32; ++i) peek(q[i], q_at(i));
     ushort2 own[2] = {range(rows[0]), range(rows[1])};
     int begin = range(row0).x, end = 0;
 #pragma unroll 1
@@ -21,30 +23,28 @@ __device__ __forceinline__ void attend(Block& b, int head, int row0) {
     const u32 v_at = b.address(SCRATCH_AT) + b.warp * LONGEST_PART * V_PITCH;
 #pragma unroll 1
     for (int key0 = begin + b.warp * LONGEST_PART; key0 < end; key0 += PARTS) {
-        uint4 k[4][BLOCKS32], v[WORDS];
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-#pragma unroll
-            for (int i = 0; i < BLOCKS32; ++i)
-                k[j][i] = load_l2(base + HIDDEN + (size_t)min(key0 + 8 * j + b.quad, end - 1) * QKV_SIZE + 32 * i + 8 * b.place);
-#pragma unroll
-        for (int i = 0; i < WORDS; ++i) {
-            const int piece = b.lane + 32 * i;
-            v[i] = load_l2(base + 2 * HIDDEN + (size_t)min(key0 + piece / WORDS, end - 1) * QKV_SIZE + 8 * (piece % WORDS));
-        }
+        uint4 kv[4 * BLOCKS32 + WORDS];   // keys as products take them; values as they lie
+        take<4 * BLOCKS32 + WORDS>(kv, [&](int i) {
+            const int piece = b.lane + 32 * (i - 4 * BLOCKS32), key = i < 4 * BLOCKS32 ? 8 * (i / BLOCKS32) + b.quad : piece / WORDS;
+            const u16* row = base + (size_t)min(key0 + key, end - 1) * QKV_SIZE;
+            return i < 4 * BLOCKS32 ? row + HIDDEN + 32 * (i % BLOCKS32) + 8 * b.place : row + 2 * HIDDEN + 8 * (piece % WORDS);
+        });
+        if (asked) take_missing<2 * BLOCKS32>(q, q_at);
+        asked = false;
         __syncwarp();   // what was there has been read
 #pragma unroll
         for (int i = 0; i < WORDS; ++i) {
             const int piece = b.lane + 32 * i;
-            *(uint4*)(memory + SCRATCH_AT + (b.warp * LONGEST_PART + piece / WORDS) * V_PITCH + 16 * (piece % WORDS)) = v[i];
+            *(uint4*)(memory + SCRATCH_AT + (b.warp * LONGEST_PART + piece / WORDS) * V_PITCH + 16 * (piece % WORDS)) = kv[4 * BLOCKS32 + i];
         }
         float s[4][4] = {};
 #pragma unroll
         for (int j = 0; j < 4; ++j)
 #pragma unroll
             for (int i = 0; i < BLOCKS32; ++i) {   // words of q and k in the same order: a sum does not mind
-                mma(s[j], q[0][i].x, q[1][i].x, q[0][i].y, q[1][i].y, k[j][i].x, k[j][i].y);
-                mma(s[j], q[0][i].z, q[1][i].z, q[0][i].w, q[1][i].w, k[j][i].z, k[j][i].w);
+                const uint4 a = q[i], c = q[BLOCKS32 + i], k = kv[j * BLOCKS32 + i];
+                mma(s[j], a.x, c.x, a.y, c.y, k.x, k.y);
+                mma(s[j], a.z, c.z, a.w, c.w, k.z, k.w);
             }
         float newest[2] = {most[0], most[1]};
 #pragma unroll
@@ -127,7 +127,7 @@ __device__ __forceinline__ void attend(Block& b, int head, int row0) {
 }
 
 __device__ __forceinline__ void attention(Block& b) {
-    begin_phase(b);
+    consumers_sync();   // the scratch was the product's
     const int units = HEADS * ceil_div(b.rows, 16);
 #pragma unroll 1
     for (int unit = b.id; unit < units; unit += BLOCKS) attend(b, unit % HEADS, unit / HEADS * 16);

@@ -3,7 +3,7 @@
 #pragma once
 
 constexpr int CONSUMERS = 128, THREADS = CONSUMERS + 32;   // a warp group that multiplies, and the warp that feeds it
-constexpr int TILE = 64, X_BYTES = TILE * 128;             // rows and columns of a tile of x
+constexpr int TILE = 64, X_BYTES = TILE * 128;             // rows and columns of a tile of x; X_ROWS of them are fetched
 constexpr int QKV_SIZE = 3 * HIDDEN;
 constexpr int LONGEST_PART = 32;                           // keys a warp takes at a time
 constexpr int PARTS = 4 * LONGEST_PART;
@@ -66,15 +66,50 @@ struct Block {
 
 __device__ __forceinline__ void consumers_sync() { named_sync<1, CONSUMERS>(); }
 
-// ---- the barrier among blocks: a counter that only grows ----
+// ---- how blocks wait for each other ----
+// What bulk copies read waits for a counter that only grows. What threads read they look at until it is there: all ones, which no
+// result is (a NaN has other bits), mean that it is not, and who has read it for the last time in a layer puts them back.
+
+constexpr u32 NOTHING = ~0u;
+
+__device__ __forceinline__ bool there(uint2 v) { return v.x != NOTHING && v.y != NOTHING; }
+__device__ __forceinline__ bool there(uint4 v) { return v.x != NOTHING && v.y != NOTHING && v.z != NOTHING && v.w != NOTHING; }
+__device__ __forceinline__ void peek(uint2& v, const void* p) { v = peek2((const u32*)p); }
+__device__ __forceinline__ void peek(uint4& v, const void* p) { v = peek4((const u32*)p); }
+
+// COUNT pieces, all of them asked for before the first is looked at; `at(i)` is where piece i lies.
+template <int COUNT, class Piece, class At>
+__device__ __forceinline__ void take(Piece* v, At at) {
+    Watchdog dog;
+    while (true) {
+        bool all = true;
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) peek(v[i], at(i));
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) all = all && there(v[i]);
+        if (all) return;
+        dog.tick();
+    }
+}
+
+// The same for pieces that were asked for before.
+template <int COUNT, class Piece, class At>
+__device__ __forceinline__ void take_missing(Piece* v, At at) {
+    bool all = true;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) all = all && there(v[i]);
+    if (!all) take<COUNT>(v, at);
+}
 
 // One thread's fence speaks for all that it has met.
 __device__ __forceinline__ void arrive(Block& b) {
     consumers_sync();
-    if (b.thread != 0) return;
-    proxy_fence();
-    __threadfence();
-    add_one(b.arrivals);
+    if (b.thread == 0) {
+        proxy_fence();
+        __threadfence();
+        add_one(b.arrivals);
+    }
+    b.reached += BLOCKS;
 }
 
 __device__ __forceinline__ void await_blocks(const Block& b, u32 wanted) {
@@ -83,8 +118,8 @@ __device__ __forceinline__ void await_blocks(const Block& b, u32 wanted) {
     proxy_fence();
 }
 
-// All consumers, behind the phase before.
-__device__ __forceinline__ void begin_phase(Block& b) {
+// All consumers, behind the last arrivals.
+__device__ __forceinline__ void meet_blocks(Block& b) {
     if (b.thread == 0) await_blocks(b, b.reached);
     consumers_sync();
 }

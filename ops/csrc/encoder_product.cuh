@@ -3,15 +3,6 @@
 
 // ---- the feeding warp: one lane of it ----
 
-// To L2, what this block will need of a product.
-template <int KIND>
-__device__ __forceinline__ void prefetch_weights(const Block& b, int layer) {
-    using P = Product<KIND>;
-    if (layer >= LAYERS) return;
-    for (int unit = b.id; unit < P::UNITS; unit += BLOCKS)
-        for (int k = P::first(unit); k < P::last(unit); ++k) tile_prefetch(b.weight(layer, KIND), TILE * k, P::column(unit));
-}
-
 // The tiles of all units of a product, weights first: those for which the ring has room before x is there.
 template <int KIND>
 __device__ __forceinline__ void feed(Block& b, int layer, int x_map) {
@@ -35,7 +26,7 @@ __device__ __forceinline__ void feed(Block& b, int layer, int x_map) {
             if (!ready && holding == STAGES) release();
             const u32 full = b.address(FULL_AT) + 8 * b.stage;
             barrier_wait(b.address(EMPTY_AT) + 8 * b.stage, b.parity ^ 1);
-            barrier_expect(full, X_BYTES + P::W_BYTES);
+            barrier_expect(full, X_ROWS * 128 + P::W_BYTES);
             tile_copy(b.address(0) + b.stage * STAGE_BYTES + X_BYTES, w, TILE * k, P::column(unit), full);
             if (ready) copy_x(b.stage, k, P::rows(unit));
             else held[holding++] = {b.stage, k, P::rows(unit)};
@@ -46,20 +37,15 @@ __device__ __forceinline__ void feed(Block& b, int layer, int x_map) {
 }
 
 __device__ __forceinline__ void feed_all(Block& b) {
-    prefetch_weights<OUT>(b, 0);
-    for (int layer = 0; layer < LAYERS; ++layer) {   // begin_phase's counts, in the same order
+    for (int layer = 0; layer < LAYERS; ++layer) {   // the consumers' arrivals, in the same order
         feed<QKV>(b, layer, 0);
-        prefetch_weights<UP>(b, layer);
-        b.reached += 2 * BLOCKS;   // QKV, attention
+        b.reached += BLOCKS;   // attention
         feed<OUT>(b, layer, 1);
-        prefetch_weights<DOWN>(b, layer);
-        b.reached += 2 * BLOCKS;   // projection, norm
+        b.reached += BLOCKS;   // norm
         feed<UP>(b, layer, 0);
-        prefetch_weights<QKV>(b, layer + 1);
-        b.reached += BLOCKS;       // up
+        b.reached += BLOCKS;   // up
         feed<DOWN>(b, layer, 2);
-        prefetch_weights<OUT>(b, layer + 1);
-        b.reached += 2 * BLOCKS;   // down, norm
+        b.reached += BLOCKS;   // norm
     }
 }
 
@@ -92,11 +78,11 @@ __device__ __forceinline__ void multiply(Block& b, int unit, float* d) {
     if (b.lane == 0) barrier_arrive(b.address(EMPTY_AT) + 8 * before);
 }
 
-// A block that has nothing of a product to compute must not arrive before the phase before is over: it would be counted for
-// one that has not arrived yet.
+// A block that has nothing of a product to compute must not arrive before all have arrived the last time: it would be counted
+// for one that has not. Nor may it put back what others still read.
 template <int KIND>
 __device__ __forceinline__ void begin_product(Block& b) {
-    if (b.id >= Product<KIND>::UNITS) begin_phase(b);
+    if (b.id >= Product<KIND>::UNITS) meet_blocks(b);
 }
 
 // A unit's results to memory, of rows that there are; `pair(j, half)` gives two neighbours: 16-bit or fp32. By way of shared
@@ -122,7 +108,7 @@ __device__ __forceinline__ void put_unit(const Block& b, int unit, void* out, Ge
         for (int i = b.lane; i < rows * pieces; i += 32) {
             const int row = i / pieces, at = 16 * (i % pieces), n = P::column(unit) + from + at / BYTES;
             if (n < P::N)
-                *(uint4*)((char*)out + ((size_t)(row0 + row) * P::N + n) * BYTES) = *(const uint4*)(mine + row * PITCH + at);
+                put_piece((char*)out + ((size_t)(row0 + row) * P::N + n) * BYTES, *(const uint4*)(mine + row * PITCH + at));
         }
     }
 }
@@ -145,8 +131,10 @@ __device__ __forceinline__ void whole_product(Block& b, int layer, u16* out) {
             return KIND == UP ? narrow2(activate(x), activate(y)) : narrow2(x, y);
         });
     }
-    arrive(b);
 }
+
+// A sum that is no number, in bits that are not NOTHING's.
+__device__ __forceinline__ float with_other_bits(float sum) { return sum == sum ? sum : __uint_as_float(0x7fc00000u); }
 
 // Projection and down: sums of one part of K, for the norm behind them.
 template <int KIND>
@@ -158,8 +146,7 @@ __device__ __forceinline__ void split_product(Block& b) {
         multiply<KIND>(b, unit, d);
         float* out = b.partials + (size_t)P::part(unit) * (ROW_TILES * TILE * HIDDEN);
         put_unit<KIND, float2>(b, unit, out, [&](int j, int half) {
-            return make_float2(d[4 * j + 2 * half], d[4 * j + 2 * half + 1]);
+            return make_float2(with_other_bits(d[4 * j + 2 * half]), with_other_bits(d[4 * j + 2 * half + 1]));
         });
     }
-    arrive(b);
 }

@@ -16,10 +16,9 @@ __device__ __forceinline__ u32 read_count(const u32* count) {
     return found;
 }
 
-__device__ __forceinline__ float2 load_float2(const float* p) {
-    float2 v;
-    asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
-    return v;
+// 16 bytes that other multiprocessors look out for.
+__device__ __forceinline__ void put_piece(void* at, uint4 v) {
+    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
 // A pair of a vector that no launch writes, or zeros; asked for here, not where it is used.
@@ -34,10 +33,6 @@ __device__ __forceinline__ u32 constant_word(const u16* vector, int at) {
 __device__ __forceinline__ void tile_copy(u32 to, const Map* map, int column, int row, u32 bar) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                  ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(bar) : "memory");
-}
-
-__device__ __forceinline__ void tile_prefetch(const Map* map, int column, int row) {
-    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row) : "memory");
 }
 
 // ---- instructions of a warp group ----

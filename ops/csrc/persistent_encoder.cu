@@ -1,7 +1,8 @@
 // All layers of a post-norm encoder in one launch, for a few hundred tokens. One block a multiprocessor stays resident and takes
 // its part of each phase: QKV, attention, projection, norm, up, down, norm. Products are 64 rows high; their operands come as
 // tiles of 64 columns through a ring in shared memory, by one warp that runs ahead: weights are asked for before the phase
-// begins, x as soon as all blocks have written it. A long K is cut in parts, whose sums the norm behind them adds up.
+// begins, x as soon as all blocks have written it. A long K is cut in parts, whose sums the norm behind them adds up. Attention
+// and norms begin element by element: no block waits for all others in front of them.
 
 // ---- norms ----
 
@@ -14,32 +15,45 @@ __device__ __forceinline__ float sum_of_consumers(const Block& b, float value, i
     return sums[0] + sums[1] + sums[2] + sums[3];
 }
 
-// normed = norm(normed + the parts' sum + bias), a row at a time.
+// normed = norm(normed + the parts' sum + bias), a row at a time. Behind attention, which has read them, QKV's
+// results are forgotten on the way.
 template <int SPLIT>
-__device__ __forceinline__ void add_and_norm(Block& b, const u16* bias, const u16* gain, const u16* shift) {
+__device__ __forceinline__ void add_and_norm(Block& b, const u16* bias, const u16* gain, const u16* shift, bool forget_qkv) {
     constexpr int EACH = ceil_div(HIDDEN / 2, CONSUMERS);
+    const uint4 nothing = make_uint4(NOTHING, NOTHING, NOTHING, NOTHING);
     u32 biases[EACH], gains[EACH], shifts[EACH];
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
         const int n = 2 * min(b.thread + i * CONSUMERS, HIDDEN / 2 - 1);
         biases[i] = constant_word(bias, n), gains[i] = constant_word(gain, n), shifts[i] = constant_word(shift, n);
     }
-    begin_phase(b);
+    if (forget_qkv)
+        for (int i = b.id * CONSUMERS + b.thread; i < b.rows * (QKV_SIZE / 8); i += BLOCKS * CONSUMERS)
+            put_piece(b.qkv + 8 * (size_t)i, nothing);
 #pragma unroll 1
     for (int row = b.id; row < b.rows; row += BLOCKS) {
         float2 v[EACH];
+        uint2 sums[EACH * SPLIT];
         u16* stream = b.normed + (size_t)row * HIDDEN;
+        auto at = [&](int i) {
+            const int n = 2 * min(b.thread + i / SPLIT * CONSUMERS, HIDDEN / 2 - 1);
+            return b.partials + ((size_t)(i % SPLIT) * (ROW_TILES * TILE) + row) * HIDDEN + n;
+        };
+        take<EACH * SPLIT>(sums, at);
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
-            const int n = 2 * min(b.thread + i * CONSUMERS, HIDDEN / 2 - 1);
-            const u32 old = load_l2_word(stream + n);
+            const u32 old = load_l2_word(stream + 2 * min(b.thread + i * CONSUMERS, HIDDEN / 2 - 1));
             v[i] = make_float2(low_of(old) + low_of(biases[i]), high_of(old) + high_of(biases[i]));
 #pragma unroll
             for (int part = 0; part < SPLIT; ++part) {
-                const float2 sum = load_float2(b.partials + ((size_t)part * (ROW_TILES * TILE) + row) * HIDDEN + n);
-                v[i].x += sum.x, v[i].y += sum.y;
+                const uint2 sum = sums[i * SPLIT + part];
+                v[i].x += __uint_as_float(sum.x), v[i].y += __uint_as_float(sum.y);
             }
         }
+        if (HIDDEN / 2 % CONSUMERS) consumers_sync();   // several threads have read the last pair
+#pragma unroll
+        for (int i = 0; i < EACH * SPLIT; ++i)
+            if (b.thread + i / SPLIT * CONSUMERS < HIDDEN / 2) *(uint2*)at(i) = make_uint2(NOTHING, NOTHING);
         float sum = 0.f, squares = 0.f;
 #pragma unroll
         for (int i = 0; i < EACH; ++i)
@@ -82,19 +96,13 @@ __device__ __forceinline__ void find_sequences(const Block& b, const int* starts
 __device__ __forceinline__ void consume_all(Block& b) {
     for (int layer = 0; layer < LAYERS; ++layer) {
         whole_product<QKV>(b, layer, b.qkv);
-        b.reached += BLOCKS;
         attention(b);
-        b.reached += BLOCKS;
         split_product<OUT>(b);
-        b.reached += BLOCKS;
-        add_and_norm<OUT_SPLIT>(b, b.constant(layer, OUT_BIAS), b.constant(layer, NORM1_WEIGHT), b.constant(layer, NORM1_BIAS));
-        b.reached += BLOCKS;
+        add_and_norm<OUT_SPLIT>(b, b.constant(layer, OUT_BIAS), b.constant(layer, NORM1_WEIGHT), b.constant(layer, NORM1_BIAS), true);
         whole_product<UP>(b, layer, b.activations);
-        b.reached += BLOCKS;
+        arrive(b);
         split_product<DOWN>(b);
-        b.reached += BLOCKS;
-        add_and_norm<DOWN_SPLIT>(b, b.constant(layer, DOWN_BIAS), b.constant(layer, NORM2_WEIGHT), b.constant(layer, NORM2_BIAS));
-        b.reached += BLOCKS;
+        add_and_norm<DOWN_SPLIT>(b, b.constant(layer, DOWN_BIAS), b.constant(layer, NORM2_WEIGHT), b.constant(layer, NORM2_BIAS), false);
     }
 }
 

@@ -12,7 +12,7 @@ import hashlib
 import importlib.util
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,12 +57,15 @@ class Units:
     @classmethod
     def of(cls, n: int, k: int, row_tiles: int, blocks: int, *, splits: bool) -> Units:
         """The cut that should take the shortest."""
-        tiles = ceil_div(k, TILE)
-        # Every part has a tile.
-        parts = [split for split in (1, 2, 3, 4, 6, 8, 12, 16) if (split - 1) * ceil_div(tiles, split) < tiles]
-        parts = parts if splits else [1]
+        parts = (1, 2, 3, 4, 6, 8, 12, 16) if splits else (1,)
         found = [cls(wide, split) for wide in range(16, WIDEST + 1, 8) for split in parts]
-        return min(found, key=lambda units: units.microseconds(n, k, row_tiles, blocks))
+        usable = [units for units in found if units.every_part_has_a_tile(k)]
+        return min(usable, key=lambda units: units.microseconds(n, k, row_tiles, blocks))
+
+    def every_part_has_a_tile(self, k: int) -> bool:
+        """The kernel would wait forever for one that has none."""
+        tiles = ceil_div(k, TILE)
+        return (self.split - 1) * ceil_div(tiles, self.split) < tiles
 
     def microseconds(self, n: int, k: int, row_tiles: int, blocks: int) -> float:
         """What it may take: the way from L2 or the tensor cores, and the parts' sums, written and read."""
@@ -86,6 +89,8 @@ class Layout:
     down: Units
     stage_bytes: int
     stages: int
+    x_rows: int = TILE
+    """Rows of a tile of x that are fetched."""
 
     @property
     def units(self) -> tuple[Units, ...]:
@@ -109,6 +114,9 @@ class Layout:
         cls, spec: ModelSpec, row_tiles: int, blocks: int, qkv: Units, out: Units, up: Units, down: Units
     ) -> Layout:
         """The layout with products cut like that, and as long a ring as there is room for."""
+        for units, k in ((out, spec.hidden), (down, spec.ffn)):
+            if not units.every_part_has_a_tile(k):
+                raise KernelError(f"the persistent encoder: {k} columns are too few for {units.split} parts")
         scratch = max(PARTS * (2 * spec.head_dim + 16), 4 * 16 * spec.head_dim * 4, STAGED_BYTES)
         rest = scratch + 4 * 16 * 8 + row_tiles * TILE * 4 + MOST_STAGES * 16 + 1024
         stage = 128 * (TILE + max(qkv.wide, out.wide, up.wide, down.wide))
@@ -158,7 +166,8 @@ def macros(spec: ModelSpec, layout: Layout, dtype: torch.dtype) -> dict[str, str
         "ACTIVATION": ACTIVATIONS[spec.activation], "BLOCKS": layout.blocks, "ROW_TILES": layout.row_tiles,
         "QKV_WIDE": layout.qkv.wide, "OUT_WIDE": layout.out.wide, "UP_WIDE": layout.up.wide,
         "DOWN_WIDE": layout.down.wide, "OUT_SPLIT": layout.out.split, "DOWN_SPLIT": layout.down.split,
-        "STAGE_BYTES": layout.stage_bytes, "STAGES": layout.stages, "SHARED_BYTES": SHARED_LIMIT,
+        "STAGE_BYTES": layout.stage_bytes, "STAGES": layout.stages, "X_ROWS": layout.x_rows,
+        "SHARED_BYTES": SHARED_LIMIT,
     }  # fmt: skip
     floats = {"NORM_EPS": spec.norm_eps, "ATTENTION_SCALE": spec.attention_scale}
     return {**{k: str(v) for k, v in integers.items()}, **{k: f"{float(v)!r}f" for k, v in floats.items()}}
@@ -237,22 +246,27 @@ class EncoderRoom:
         def room(columns: int) -> Tensor:
             return torch.zeros(rows, columns, dtype=like.dtype, device=device)
 
+        def nothing(count: int) -> Tensor:
+            # All ones: nothing has arrived.
+            return torch.full((count,), -1, dtype=torch.int32, device=device)
+
         self.embedded, self.normed, self.attended = room(spec.hidden), room(spec.hidden), room(spec.hidden)
-        self.qkv, self.activations = room(3 * spec.hidden), room(spec.ffn)
+        self.activations, self.qkv = room(spec.ffn), nothing(rows * 3 * spec.hidden // 2)
         parts = max(one.row_tiles * max(one.out.split, one.down.split) for one in self.layouts.values())
-        self.partials = torch.zeros(parts * TILE * spec.hidden, dtype=torch.float32, device=device)
+        self.partials = nothing(parts * TILE * spec.hidden)
         self.statistics = torch.zeros(2 * rows * ceil_div(spec.hidden, TILE), dtype=torch.float32, device=device)
         self.arrivals = torch.zeros(1, dtype=torch.int32, device=device)
         self.turns = torch.zeros(self.blocks, dtype=torch.int32, device=device)
         words = [address(part) for layer in weights.layers for part in _constants(layer)]
         self.pointers = torch.tensor(words, dtype=torch.int64).to(device)
-        self.kernels: dict[int, tuple[Any, Tensor]] = {}
+        self.kernels: dict[tuple[int, int], tuple[Any, Tensor]] = {}
 
-    def kernel(self, spec: ModelSpec, weights: ModelWeights, tiles: int) -> tuple[Any, Tensor]:
-        """The kernel for so many tiles of rows, and its tile maps."""
-        if tiles not in self.kernels:
-            layout, driver = self.layouts[tiles], Driver()
-            maps = [driver.tile_map(x, TILE) for x in (self.normed, self.attended, self.activations)]
+    def kernel(self, spec: ModelSpec, weights: ModelWeights, rows: int) -> tuple[Any, Tensor]:
+        """The kernel for so many rows, and its tile maps."""
+        key = tiles, x_rows = ceil_div(rows, TILE), min(ceil_div(rows, 16) * 16, TILE)
+        if key not in self.kernels:
+            layout, driver = replace(self.layouts[tiles], x_rows=x_rows), Driver()
+            maps = [driver.tile_map(x, x_rows) for x in (self.normed, self.attended, self.activations)]
             for layer in weights.layers:
                 pairs = (
                     (layer.qkv, layout.qkv),
@@ -265,8 +279,8 @@ class EncoderRoom:
             with torch.cuda.device(device):
                 kernel = compile_kernel(source(spec, layout, self.normed.dtype))
             table = torch.frombuffer(bytearray(b"".join(maps)), dtype=torch.uint8).to(device)
-            self.kernels[tiles] = kernel, table
-        return self.kernels[tiles]
+            self.kernels[key] = kernel, table
+        return self.kernels[key]
 
 
 class PersistentForward:
@@ -276,7 +290,7 @@ class PersistentForward:
         self, spec: ModelSpec, weights: ModelWeights, buffers: StepBuffers, room: EncoderRoom, place: Place
     ) -> None:
         self.spec, self.weights, self.buffers, self.room, self.place = spec, weights, buffers, room, place
-        self._kernel, self._maps = room.kernel(spec, weights, ceil_div(place.rows, TILE))
+        self._kernel, self._maps = room.kernel(spec, weights, place.rows)
 
     def __call__(self) -> Tensor:
         """The hidden states behind the last norm [rows, hidden], in a buffer that the next call overwrites."""

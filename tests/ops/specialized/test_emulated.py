@@ -124,17 +124,19 @@ def encoded(one: ModelSpec, lengths: tuple[int, ...], dtype: torch.dtype, layout
     """The hidden states that the kernel gives, beside what :class:`EncoderRoom` has on a GPU."""
     weights, inputs = test_encoder.packed(one, dtype), test_encoder.batch(one, lengths)
     sources = [persistent.text_of(name) for name in persistent_encoder.SOURCES]
-    library = emulator.load(persistent_encoder.macros(one, layout, dtype), sources, "encoder_main.h", folder)
     rows, padded = -(-sum(lengths) // 16) * 16, 64 * layout.row_tiles
-    normed, attended, qkv, activations = (
-        torch.zeros(padded, columns, dtype=dtype) for columns in (one.hidden, one.hidden, 3 * one.hidden, one.ffn)
+    layout = replace(layout, x_rows=min(rows, 64))
+    library = emulator.load(persistent_encoder.macros(one, layout, dtype), sources, "encoder_main.h", folder)
+    normed, attended, activations = (
+        torch.zeros(padded, columns, dtype=dtype) for columns in (one.hidden, one.hidden, one.ffn)
     )
+    qkv = torch.full((padded * 3 * one.hidden // 2,), -1, dtype=torch.int32)
     normed[: sum(lengths)] = embedded(one, weights, inputs).to(dtype)
-    partials = torch.full((max(layout.out.split, layout.down.split) * padded * one.hidden,), torch.nan)
+    partials = torch.full((max(layout.out.split, layout.down.split) * padded * one.hidden,), -1, dtype=torch.int32)
     arrivals = torch.tensor([-5 * layout.blocks], dtype=torch.int32)  # passes zero on its way
     turns = arrivals.repeat(layout.blocks)
     starts = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(torch.int32)
-    maps = [[x.data_ptr(), *x.shape, 64] for x in (normed, attended, activations)]
+    maps = [[x.data_ptr(), *x.shape, layout.x_rows] for x in (normed, attended, activations)]
     for layer in weights.layers:
         linears = (layer.qkv, layer.out, layer.up, layer.down)
         for linear, units in zip(linears, layout.units, strict=True):
@@ -146,7 +148,9 @@ def encoded(one: ModelSpec, lengths: tuple[int, ...], dtype: torch.dtype, layout
     )  # fmt: skip
     assert library.run(*map(address, tensors), len(lengths), rows) == 0, "a wait never ends"
     assert turns.eq(arrivals).all()
-    assert int(arrivals[0]) == (7 * one.layers - 5) * layout.blocks, "each block arrives behind each phase"
+    assert int(arrivals[0]) == (4 * one.layers - 5) * layout.blocks, "each block arrives behind attention, norms and up"
+    assert qkv.eq(-1).all()
+    assert partials.eq(-1).all(), "the next launch finds nothing"
     assert_near = test_encoder.assert_close
     assert_near(normed[: sum(lengths)], test_encoder.exact(one, inputs).hidden, dtype)
     return normed

@@ -105,6 +105,14 @@ def test_sizes_fit(one: ModelSpec, tiles: int) -> None:
     assert layout.qkv.split == layout.up.split == 1, "what stands behind them takes whole sums"
 
 
+def test_parts_without_a_tile_are_refused() -> None:
+    """Of the 48 tiles of BERT's 3072 columns, 9 parts of 6 would leave the last one none."""
+    one = Units(64, 1)
+    with pytest.raises(KernelError, match="3072 columns are too few for 9 parts"):
+        Layout.cut(BERT, 1, 132, one, one, one, Units(64, 9))
+    assert Layout.cut(BERT, 1, 132, one, one, one, Units(64, 8)).down.split == 8
+
+
 def test_more_rows_take_wider_units_and_fewer_parts() -> None:
     few, many = Layout.of(BERT, 1, 132), Layout.of(BERT, 8, 132)
     assert few.up.wide < many.up.wide

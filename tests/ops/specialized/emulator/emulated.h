@@ -293,6 +293,7 @@ inline uint4 load_shared(u32 at) { return *(const uint4*)(memory + at); }
 inline void prefetch_l2(const void*) {}
 inline void bulk_prefetch(const void*, u32) {}
 inline void put_word(u32* at, u32 word) { *at = word, emulated::moved(); }
+inline void put_piece(void* at, uint4 v) { *(uint4*)at = v, emulated::moved(); }
 inline uint2 peek2(const u32* at) { return {at[0], at[1]}; }
 inline uint4 peek4(const u32* at) { return {at[0], at[1], at[2], at[3]}; }
 inline float widen(u16 bits) { return low_of(bits); }
@@ -381,7 +382,6 @@ inline void tile_copy(u32 to, const Map* map, int column, int row, u32 bar) {
     barrier.look();
 }
 inline u32 constant_word(const u16* vector, int at) { return vector ? *(const u32*)(vector + at) : 0; }
-inline void tile_prefetch(const Map*, int, int) {}
 
 // A matrix descriptor's start address, in units of 16 bytes; rows are 128 bytes, eight of them 1024 (what else it may say is
 // not emulated).
