@@ -197,6 +197,8 @@ class CompressedOptimizer(MomentOptimizer):
 
     def _freeze(self, steps: int) -> None:
         self._frozen_at = steps
+        if self.collective.rank == 0:
+            log.info("%s: the variance stands as it is after %d steps", type(self).__name__, steps)
         self.begin_compression()
 
     def begin_compression(self) -> None:
