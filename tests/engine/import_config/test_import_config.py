@@ -105,7 +105,19 @@ EXPECTED: dict[str, tuple[Document, Document]] = {
                 "loss_scale": {"initial": 65536.0, "growth_interval": 1000},
                 "clip_norm": 1.0,
             },
-            "optimizer": {"type": "LAMB", "lr": 0.011, "weight_decay": 0.0, "max_coeff": 0.3, "min_coeff": 0.01},
+            "optimizer": {
+                "type": "OneBitLamb",
+                "lr": 0.011,
+                "weight_decay": 0.0,
+                "bias_correction": False,
+                "freeze_step": 1000,
+                "max_coeff": 0.3,
+                "min_coeff": 0.01,
+                "coeff_beta": 0.9,
+                "factor_max": 4.0,
+                "factor_min": 0.5,
+                "factor_threshold": 0.1,
+            },
         },
     ),
     "1Cycle": (
@@ -171,20 +183,48 @@ def test_no_key_is_passed_over(name: str) -> None:
 
 
 def test_features_to_come_are_said_to_be_missing() -> None:
-    moq, one_bit = fates(import_config(MOQ)), fates(import_config(ONE_BIT))
+    moq = fates(import_config(MOQ))
     cycle, inference = fates(import_config(ONE_CYCLE)), fates(import_config(INFERENCE))
     assert moq["quantize_training"] is Fate.LATER
-    assert {key for key, fate in one_bit.items() if fate is Fate.LATER} == {
-        "optimizer.type",
-        *(f"optimizer.params.{name}" for name in ("freeze_step", "comm_backend_name", "coeff_beta")),
-        *(f"optimizer.params.{name}" for name in ("factor_max", "factor_min", "factor_threshold")),
-    }
     assert (cycle["flops_profiler"], cycle["wall_clock_breakdown"]) == (Fate.LATER, Fate.LATER)
     assert inference["tensor_parallel.tp_size"] is Fate.LATER
     assert fates(import_config({"dtype": "int8"}))["dtype"] is Fate.LATER
     new_spelling = {"weight_quantization": {"shared_parameters": {"enabled": True}, "different_groups": {"wq1": {}}}}
     found = import_config({"train_batch_size": 1, "compression_training": new_spelling})
     assert fates(found)["compression_training.weight_quantization"] is Fate.LATER
+
+
+def one_bit(kind: str, **params: object) -> dict[str, object]:
+    """A file with a compressed optimizer."""
+    return {"train_batch_size": 1, "optimizer": {"type": kind, "params": {"lr": 1e-3, **params}}}
+
+
+def test_keys_of_compressed_optimizers() -> None:
+    """Each has its own; what says how DeepSpeed exchanges means nothing here; what it does not do is written so."""
+    own = {"var_freeze_step": 9, "var_update_scaler": 2, "local_step_scaler": 30, "local_step_clipper": 8}
+    found = import_config(one_bit("ZeroOneAdam", **own, cuda_aware=True, comm_backend_name="mpi", freeze_step=4))
+    base = {"lr": 1e-3, "weight_decay": 0.0, "bias_correction": False}
+    assert found.document["optimizer"] == {"type": "ZeroOneAdam", **base, **own}
+    told = fates(found)
+    assert {told[f"optimizer.params.{key}"] for key in own} == {Fate.MAPPED}
+    assert {told[f"optimizer.params.{key}"] for key in ("cuda_aware", "comm_backend_name", "freeze_step")} == {
+        Fate.DROPPED
+    }
+    assert reason_of(found, "optimizer.params.comm_backend_name") == "torch exchanges: NCCL on GPUs, Gloo on CPUs"
+    found = import_config(one_bit("OneBitAdam", freeze_step=400, bias_correction=True, weight_decay=0.1))
+    assert found.document["optimizer"] == {
+        "type": "OneBitAdam", **base, "weight_decay": 0.1, "decay_all": True, "freeze_step": 400
+    }  # fmt: skip
+    said = "false: DeepSpeed's OneBitAdam corrects no moments, whatever this key says"
+    assert reason_of(found, "optimizer.params.bias_correction") == said
+    assert fates(found)["optimizer.params.bias_correction"] is Fate.CHECK
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_compressed_optimizers_are_not_sharded(stage: int) -> None:
+    found = import_config({**one_bit("OneBitAdam"), "zero_optimization": {"stage": stage}})
+    assert found.document["training"]["data_parallel"] == "replicate"
+    assert reason_of(found, "zero_optimization.stage").startswith("OneBitAdam exchanges momenta of whole weights")
 
 
 def test_what_is_off_is_told_as_off() -> None:

@@ -1,4 +1,4 @@
-"""Engines that train with compressed optimizers, on each process under torchrun: ``CASE HOME``. The test compares."""
+"""Engines that train with compressed optimizers, on each process under torchrun: ``HOME CASE...``."""
 
 from __future__ import annotations
 
@@ -223,19 +223,20 @@ CASES: dict[str, Callable[..., dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def main(case: str, home: Path) -> None:
-    """One case, or all of two processes. What rank 0 found is in a file of JSON."""
+def main(home: Path, *cases: str) -> None:
+    """Cases, or all of them; what each rank found is in a file of JSON."""
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-    of, _, _ = case.partition("-resume")
-    names = list(CASES) if case == "all" else [case]
-    found = {name: CASES[name](home) for name in names} if of == case else resume(home, int(of))
-    said: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, found)
-    if dist.get_rank() == 0:
-        (home / f"{case}-{dist.get_world_size()}.json").write_text(json.dumps(said), encoding="utf-8")
+    for case in cases:
+        of = case.removesuffix("-resume")
+        names = list(CASES) if case == "all" else [case]
+        found = resume(home, int(of)) if of != case else {name: CASES[name](home) for name in names}
+        said: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(said, found)
+        if dist.get_rank() == 0:
+            (home / f"{case}-{dist.get_world_size()}.json").write_text(json.dumps(said), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]), *sys.argv[2:])
     dist.destroy_process_group()

@@ -38,11 +38,11 @@ from tests.engine.training.test_workers import (
 from tests.engine.training.trained import Stack
 
 
-def torchrun(case: str, home: Path, processes: int) -> list[Any]:
-    """What each process found."""
+def torchrun(case: str, home: Path, processes: int, *more: str) -> list[Any]:
+    """What each process found in a case; ``more`` are run after it."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-        compressed_ranks.__file__, case, str(home),
+        compressed_ranks.__file__, str(home), case, *more,
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, env=environment)
@@ -62,9 +62,8 @@ def found(home: Path) -> list[Any]:
     return torchrun("all", home, 2)
 
 
-def plain_loop(kind: str, collective: GradientCollective) -> Tensor:
+def plain_loop(kind: str, collective: GradientCollective, model: Stack) -> Tensor:
     """The weights after all steps of a plain loop on one rank."""
-    model = Stack()
     options = {**KINDS[kind], "lr": 0.02, "max_grad_norm": CLIP, "collective": collective}
     optimizer = build_optimizer(model, kind, options)
     for step in range(STEPS):
@@ -78,10 +77,10 @@ def plain_loop(kind: str, collective: GradientCollective) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_are_those_of_a_plain_loop(kind: str, home: Path, found: list[Any]) -> None:
     """To the last bit: each rank's own gradients of its own rows, one clipping over all of them."""
-    ranks, wanted = SimulatedCollective(2, timeout=60).ranks, {}
+    ranks, models, wanted = SimulatedCollective(2, timeout=60).ranks, (Stack(), Stack()), {}
 
     def run(rank: int) -> None:
-        wanted[rank] = plain_loop(kind, ranks[rank])
+        wanted[rank] = plain_loop(kind, ranks[rank], models[rank])
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -131,8 +130,8 @@ def test_an_overflow_in_one_process_is_one_in_all(found: list[Any]) -> None:
 def test_a_gradient_that_is_no_number_stops_all(kind: str, found: list[Any]) -> None:
     said = [each["faults"][kind] for each in found]
     assert said[0] == said[1]
-    assert [line[:62] for line in said[0]["said"]] == [
-        f"NoNumber: step {step}: the norm of the gradients is no number, in " for step in (2, 6)
+    assert [line[:63] for line in said[0]["said"]] == [
+        f"NoNumber: step {step}: the norm of the gradients is no number, in on" for step in (2, 6)
     ]
     assert said[0]["alike"]
 
@@ -148,7 +147,7 @@ def test_models_that_differ_are_told_with_the_rank(found: list[Any]) -> None:
             ("dtype", "out.weight is [1, 6] bfloat16, trained, and [1, 6] float32, trained there"),
         ):
             assert said[0][f"{kind} {name}"].startswith(f"the model of rank 1 is not that of rank 0: {what}; build")
-    losses = [float(Stack()(batch(0, rank)["x"]).square().mean()) for rank in range(2)]
+    losses = [float(Stack()(batch(0, rank)["x"]).detach().square().mean()) for rank in range(2)]
     assert float(said[0]["loss"]) == pytest.approx(sum(losses) / 2, rel=1e-5), "the weights of the first process"
 
 
@@ -161,8 +160,7 @@ def resumed(home: Path, found: list[Any]) -> dict[str, list[Any]]:
     return {
         "2-2": torchrun("2-resume", home, 2),
         "2-3": torchrun("2-resume", home, 3),
-        "2-1": torchrun("2-resume", home, 1),
-        "1-1": torchrun("save", home, 1),
+        "2-1": torchrun("2-resume", home, 1, "save"),
         "1-2": torchrun("1-resume", home, 2),
     }
 
@@ -213,21 +211,18 @@ def test_to_one_process_and_from_one(kind: str, home: Path, resumed: dict[str, l
     assert resumed["2-1"][0][kind]["warned"] == resumed["1-2"][0][kind]["warned"] == []
     assert resumed["1-2"][0][kind]["alike"]
     end = torch.load(home / f"end-{kind}-1-0.pt")
-    assert torch.equal(end, plain_loop(kind, SingleProcess())), "one process trains as it is"
-    first = sum(float(Stack()(batch(0, rank)["x"]).square().mean()) for rank in range(2)) / 2
+    assert torch.equal(end, plain_loop(kind, SingleProcess(), Stack())), "one process trains as it is"
+    first = sum(float(Stack()(batch(0, rank)["x"]).detach().square().mean()) for rank in range(2)) / 2
     assert resumed["1-2"][0][kind]["losses"][0] != first
 
 
-@pytest.mark.parametrize("kind", ["OneBitLamb", "ZeroOneAdam"])
-def test_a_killed_run_is_the_run_that_never_stopped(kind: str, tmp_path: Path) -> None:
-    """kill -9 in the midst of compression, then the same command: every later loss and figure is the same."""
+def test_a_killed_run_is_the_run_that_never_stopped(tmp_path: Path) -> None:
+    """kill -9 in the midst of 0/1 Adam's steps alone, then the same command: all losses and figures are the same."""
     prepared(tmp_path)
-    given = {**document(tmp_path, max_steps=24, checkpoint_every=3, evaluate_every=4)}
-    given["optimizer"] = {"type": kind, "lr": 0.01, **KINDS[kind]}
+    given = document(tmp_path, max_steps=20, checkpoint_every=3, evaluate_every=4)
+    given["optimizer"] = {"type": "ZeroOneAdam", "lr": 0.01, **KINDS["ZeroOneAdam"]}
     (tmp_path / "train.json").write_text(json.dumps(given), encoding="utf-8")
     whole = start(tmp_path, "-m", "engine", "run", "train.json", "--set", f"training.output={tmp_path / 'whole'}")
-    _, err = whole.communicate(timeout=100)
-    assert whole.returncode == 0, err
     run = start(tmp_path, "-m", "engine", "run", "train.json")
     wait_for(partial(has_steps, tmp_path / "run" / "metrics.jsonl", 10))
     (worker,) = worker_pids(run.pid)
@@ -235,12 +230,14 @@ def test_a_killed_run_is_the_run_that_never_stopped(kind: str, tmp_path: Path) -
     run.communicate(timeout=60)
     wait_for(partial(is_gone, worker), 10)
     last = start(tmp_path, "-m", "engine", "run", "train.json")
-    _, err = last.communicate(timeout=100)
-    assert last.returncode == 0, err
-    by_step = {tuple(sorted(line)) + (line["step"],): line for line in lines(tmp_path / "run")}
-    wanted = {tuple(sorted(line)) + (line["step"],): line for line in lines(tmp_path / "whole")}
-    assert len(wanted) == 24 + 6
-    assert by_step == wanted
+    for each in (last, whole):
+        _, err = each.communicate(timeout=200)
+        assert each.returncode == 0, err
+    found, wanted = (
+        {(line["step"], "loss" in line): line for line in lines(tmp_path / name)} for name in ("run", "whole")
+    )
+    assert len(wanted) == 20 + 5
+    assert found == wanted
 
 
 # ---- one process, and what is refused ----
