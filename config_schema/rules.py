@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from config_schema.errors import Problem
+from config_schema.optimizer import Compressed
 
 if TYPE_CHECKING:
     from config_schema.config import Config
@@ -191,14 +192,32 @@ def _the_schedule_ends(config: Config) -> list[Problem]:
     return [Problem("$.schedule.total_steps", reason)]
 
 
-def _trust_ratio_has_room(config: Config) -> list[Problem]:
-    optimizer = config.optimizer
-    if optimizer is None or optimizer.type != "LAMB" or optimizer.min_coeff is None or optimizer.max_coeff is None:
+def _bounds_have_room(config: Config) -> list[Problem]:
+    """Of LAMB's trust ratio, and of the factor of 1-bit LAMB."""
+    problems = []
+    for low, high in (("min_coeff", "max_coeff"), ("factor_min", "factor_max")):
+        least, most = getattr(config.optimizer, low, None), getattr(config.optimizer, high, None)
+        if least is not None and most is not None and least > most:
+            null = ", or set it to null" if config.optimizer and config.optimizer.type == "LAMB" else ""
+            reason = f"{least} is more than $.optimizer.{high}, which is {most}: lower this{null}"
+            problems.append(Problem(f"$.optimizer.{low}", reason))
+    return problems
+
+
+def _compressed_gradients_stay_apart(config: Config) -> list[Problem]:
+    """An optimizer that exchanges signs needs each process's own gradients of whole weights, and clips them itself."""
+    optimizer, training = config.optimizer, config.training
+    if training is None or not isinstance(optimizer, Compressed):
         return []
-    if optimizer.min_coeff <= optimizer.max_coeff:
-        return []
-    reason = f"{optimizer.min_coeff} is more than $.optimizer.max_coeff, which is {optimizer.max_coeff}"
-    return [Problem("$.optimizer.min_coeff", f"{reason}: lower this, or set it to null")]
+    problems = []
+    if training.data_parallel == "shard":
+        wanted = f'"shard" and "{optimizer.type}" exclude each other: set this to "replicate", or choose AdamW or LAMB'
+        problems.append(Problem("$.training.data_parallel", wanted))
+    limit, norm = optimizer.max_grad_norm, training.clip_norm
+    if norm is not None and limit not in (0, norm):
+        reason = f"{limit} contradicts $.training.clip_norm, which is {norm}: give one of them"
+        problems.append(Problem("$.optimizer.max_grad_norm", reason))
+    return problems
 
 
 RULES = (
@@ -221,7 +240,8 @@ RULES = (
     Rule(frozenset({"progressive_layer_drop"}), _one_clock_for_layer_drop),
     Rule(frozenset({"schedule", "training"}), _warm_up_fits),
     Rule(frozenset({"schedule"}), _the_schedule_ends),
-    Rule(frozenset({"optimizer"}), _trust_ratio_has_room),
+    Rule(frozenset({"optimizer"}), _bounds_have_room),
+    Rule(frozenset({"optimizer", "training"}), _compressed_gradients_stay_apart),
 )
 
 _TASK_OF_JOB: Mapping[str, str] = {

@@ -192,6 +192,7 @@ class TrainingEngine:
         trainer = self._trainer
 
         def run() -> str:
+            trainer.meet()
             objects = trainer.objects(trainer.batches)
             return str(trainer.checkpoints(directory).save(trainer.step, objects))
 

@@ -117,14 +117,13 @@ def _engine(setup: dict[str, Any], link: Link) -> Engine:
 
 
 def _call(engine: Engine, line: dict[str, Any], body: bytes) -> None:
-    from engine.training.parallel import share
     from engine.training.team import received
 
     if line["cwd"] != os.getcwd():
         os.chdir(line["cwd"])
     name, arguments = line["call"], line["arguments"]
     if line["share"]:
-        share(engine.model)
+        engine._trainer.share()
     assert name in CALLS, name
     if name == "train_batch":
         arguments = {"batch": received(body)}

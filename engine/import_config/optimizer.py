@@ -12,17 +12,31 @@ _KINDS = {
     "adam": "AdamW",
     "adamw": "AdamW",
     "lamb": "LAMB",
-    "onebitadam": "AdamW",
-    "zerooneadam": "AdamW",
-    "onebitlamb": "LAMB",
+    "onebitadam": "OneBitAdam",
+    "zerooneadam": "ZeroOneAdam",
+    "onebitlamb": "OneBitLamb",
 }
-_COMPRESSED = ("onebitadam", "zerooneadam", "onebitlamb")
+_TRUST = {"max_coeff": "number", "min_coeff": "number"}
+#: What each kind has of its own: the key, which is ours too, and its kind of value.
+_OWN = {
+    "LAMB": _TRUST,
+    "OneBitAdam": {"freeze_step": "integer"},
+    "OneBitLamb": {
+        "freeze_step": "integer",
+        **_TRUST,
+        **dict.fromkeys(("coeff_beta", "factor_max", "factor_min", "factor_threshold"), "number"),
+    },
+    "ZeroOneAdam": dict.fromkeys(
+        ("var_freeze_step", "var_update_scaler", "local_step_scaler", "local_step_clipper"), "integer"
+    ),
+}
+COMPRESSED = ("OneBitAdam", "OneBitLamb", "ZeroOneAdam")
 _DECAY = "decay_all is true, as DeepSpeed decays all that it is given: false if you gave it groups"
 _PARAMS = "optimizer.params"
 
 
 def optimizer(draft: Draft) -> None:
-    """AdamW and LAMB; a compressed one becomes what it is without compression. DeepSpeed's defaults are written."""
+    """AdamW, LAMB and the compressed ones. DeepSpeed's defaults are written where ours are others."""
     if draft.take("optimizer", "section") is None:
         return
     given = draft.take("optimizer.type", "text")
@@ -31,13 +45,11 @@ def optimizer(draft: Draft) -> None:
         return
     kind = _KINDS.get(given.lower())
     if kind is None:
-        draft.tell(Fate.DROPPED, "optimizer", f"there is no {given}, only AdamW and LAMB: choose one, with its rate")
+        said = f"there is no {given}, only AdamW, LAMB, {', '.join(COMPRESSED)}: choose one, with its rate"
+        draft.tell(Fate.DROPPED, "optimizer", said)
         return
     draft.write("optimizer.type", kind)
-    if given.lower() in _COMPRESSED:
-        said = f"{kind} in its place: gradients travel in full, as in its warm-up"
-        draft.tell(Fate.LATER, "optimizer.type", said, "optimizer.type")
-    elif given.lower() == "adam":
+    if given.lower() == "adam":
         said = "AdamW: DeepSpeed's Adam decouples weight decay too"
         draft.tell(Fate.MAPPED, "optimizer.type", said, "optimizer.type")
     else:
@@ -51,9 +63,8 @@ def optimizer(draft: Draft) -> None:
     draft.move(f"{_PARAMS}.eps", "optimizer.eps", "number")
     _decay(draft)
     _bias_correction(draft, kind)
-    if kind == "LAMB":
-        for name in ("max_coeff", "min_coeff"):
-            draft.move(f"{_PARAMS}.{name}", f"optimizer.{name}", "number")
+    for name, value_kind in _OWN.get(kind, {}).items():
+        draft.move(f"{_PARAMS}.{name}", f"optimizer.{name}", value_kind)
     for name in ("amsgrad", "adam_w_mode"):
         key = f"{_PARAMS}.{name}"
         value = draft.take(key, "flag")
@@ -85,6 +96,11 @@ def _decay(draft: Draft) -> None:
 def _bias_correction(draft: Draft, kind: str) -> None:
     key = f"{_PARAMS}.bias_correction"
     given = draft.take(key, "flag")
+    if kind in COMPRESSED:
+        said = f"false: DeepSpeed's {kind} corrects no moments" + (", whatever this key says" if given else "")
+        draft.write("optimizer.bias_correction", False)
+        draft.tell(Fate.CHECK if given else Fate.MAPPED, key, said, "optimizer.bias_correction")
+        return
     if given is None:
         return
     if kind == "LAMB":

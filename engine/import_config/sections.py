@@ -7,6 +7,7 @@ from typing import Any
 
 from engine.import_config.draft import Draft, shown
 from engine.import_config.keys import OF_INFERENCE, OF_TRAINING, Fate
+from engine.import_config.optimizer import COMPRESSED
 
 _DTYPES = {
     **dict.fromkeys(("fp16", "half", "float16", "torch.float16", "torch.half"), "fp16"),
@@ -161,6 +162,9 @@ def parallelism(draft: Draft) -> None:
         draft.problem("zero_optimization.stage", f"got {stage}, wanted 0, 1, 2 or 3")
         return
     fate, way, reason = ways[stage]
+    kind = draft.document.get("optimizer", {}).get("type")
+    if kind in COMPRESSED and stage:
+        fate, way, reason = Fate.CHECK, "replicate", f"{kind} exchanges momenta of whole weights, as in DeepSpeed"
     draft.write(target, way)
     draft.tell(fate, "zero_optimization.stage", reason, target)
     for part in ("offload_optimizer", "offload_param"):

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from config_schema import Config
-from config_schema.optimizer import AdamW
+from config_schema.optimizer import AdamW, Compressed
 from engine.build import Resolver, device_of, reasons, resolved
 from engine.errors import EngineError
 from engine.training.batch_size import resolve_batch_sizes
@@ -25,10 +25,11 @@ from engine.training.layer_drop import LayerDrop
 from engine.training.loop import Loop, LossFunction
 from engine.training.model import model_task, outputs_of
 from engine.training.optimizer import build_optimizer
-from engine.training.parallel import join, launched, spread
+from engine.training.parallel import join, keep_apart, launched, spread
 from engine.training.precision import LossScale, Mode, Precision
 from engine.training.ranks import Ranks, ranks
 from engine.training.schedules import build_schedule
+from ops.compression import SingleProcess, TorchCollective
 
 #: Bytes of a parameter in training: weight, gradient and AdamW's two moments, in fp32.
 BYTES = 16
@@ -138,6 +139,9 @@ class TrainingPlan:
             return wanted
         path, reason = "$.training.data_parallel", "there is one process"
         if self.world > 1 or not self.ranks.alone:
+            if isinstance(self.optimizer, Compressed):
+                reason = f"{self.optimizer.type} exchanges whole weights' momenta"
+                return cast(Literal["replicate"], self._once(path, "replicate", reason))
             need = BYTES * sum(parameter.numel() for parameter in model.parameters())
             have = torch.cuda.mem_get_info(self.device)[1] if self.device.type == "cuda" else None
             reason = f"weights, gradients and moments take {need / 1e9:.3g} GB a process"
@@ -192,10 +196,16 @@ class TrainingPlan:
     ) -> Loop:
         """The loop that trains ``model``: ``loss`` is given what to call for a forward pass, ``reduce`` averages losses
         over the processes, ``updated`` is called behind each change of the weights."""
-        settings, drop = self.settings, self.layer_drop
-        module, exchange = spread(model, self.data_parallel(model), drop is not None, self.device)
-        options = self.optimizer.model_dump(exclude={"type", "decay_all"})
-        optimizer = build_optimizer(model, self.optimizer.type, options, decay_all=self.optimizer.decay_all)
+        settings, drop, chosen = self.settings, self.layer_drop, self.optimizer
+        options, clip_norm = chosen.model_dump(exclude={"type", "decay_all"}), settings.clip_norm
+        how, module = self.data_parallel(model), model
+        if isinstance(chosen, Compressed):
+            exchange = keep_apart(model, self.mode == "fp16")
+            options["collective"] = TorchCollective() if self.ranks.size > 1 else SingleProcess()
+            options["max_grad_norm"], clip_norm = clip_norm or chosen.max_grad_norm, None
+        else:
+            module, exchange = spread(model, how, drop is not None, self.device)
+        optimizer = build_optimizer(model, chosen.type, options, decay_all=chosen.decay_all)
         optimizer.register_step_post_hook(updated)
         called = cast(nn.Module, torch.compile(module)) if settings.compile else module
         features: tuple[Feature, ...] = (*(() if drop is None else (drop,)), *exchange)
@@ -206,7 +216,7 @@ class TrainingPlan:
             features,
             schedule=self._schedule(optimizer),
             precision=self.precision,
-            clip_norm=settings.clip_norm,
+            clip_norm=clip_norm,
             accumulation=self.sizes.accumulation,
             reduce=reduce,
         )

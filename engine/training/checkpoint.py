@@ -177,7 +177,8 @@ class Checkpoints:
                 del wanted[name]
             elif name not in ((own or {}) if is_per_rank(item) else shared):
                 raise CheckpointError(f"{saved.path}: has no {name}: it is of another run")
-        return Restoring(saved.path, {**shared, **(own or {})}, wanted, index), index
+        each = {name: (own if own and is_per_rank(item) else shared)[name] for name, item in wanted.items()}
+        return Restoring(saved.path, each, per_rank, wanted, index), index
 
 
 def _cost(size: int, start: float) -> str:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from engine.errors import CheckpointError
 from engine.training.checkpoint_state import Encoder, Path, decode, tensors_in
-from engine.training.checkpoint_tensors import Entry, Index
+from engine.training.checkpoint_tensors import Entry, Index, mapped
 
 log = logging.getLogger("slipstream.training")
 
@@ -39,6 +39,19 @@ class Stateful(Protocol):
         """Takes :meth:`state_dict`'s result back."""
 
 
+@runtime_checkable
+class Split(Protocol):
+    """A :class:`Stateful` whose ranks share one part of their state and have another one each to themselves: a
+    compressed optimizer with its errors. It is given back the parts of all ranks of the run that was saved."""
+
+    def split_ranks(self, state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A ``state_dict`` as what all ranks share, and what is this one's own."""
+
+    def join_ranks(self, shared: Mapping[str, Any], own: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What ``load_state_dict`` takes. ``own``: of each rank of that run, in their order; the tensors of it are
+        mapped files, to be copied."""
+
+
 def is_per_rank(item: Stateful) -> bool:
     """Whether each rank's state is saved apart."""
     return bool(getattr(item, "per_rank", False))
@@ -50,8 +63,12 @@ def pack(objects: Mapping[str, Stateful], rank: int) -> tuple[dict[str, Any], di
     shared: dict[str, Any] = {}
     own: dict[str, Any] = {}
     for name, item in objects.items():
-        place: Path = (f"rank-{rank:05d}", name) if is_per_rank(item) else (name,)
+        apart: Path = (f"rank-{rank:05d}", name)
+        place: Path = apart if is_per_rank(item) else (name,)
         state = item.state_dict()
+        if isinstance(item, Split):
+            state, mine = item.split_ranks(state)
+            own[name] = {"class": type(item).__name__, "state": encoder.encode(mine, apart)}
         found = {"class": type(item).__name__, "state": encoder.encode(dict(state), place)}
         if isinstance(item, nn.Module):
             found["versions"] = encoder.encode(dict(getattr(state, "_metadata", {})), place)
@@ -64,12 +81,19 @@ def pack(objects: Mapping[str, Stateful], rank: int) -> tuple[dict[str, Any], di
 class Restoring:
     """Puts the state of objects together again: names the tensors to read, then hands the states over.
 
-    ``saved`` holds for each object what :func:`pack` wrote. Raises :class:`CheckpointError` where an object is not
-    the one that was saved; no object is changed by that.
+    ``saved`` holds for each object what :func:`pack` wrote, ``per_rank`` what it wrote for each rank. Raises
+    :class:`CheckpointError` where an object is not the one that was saved; no object is changed by that.
     """
 
-    def __init__(self, path: FilePath, saved: Mapping[str, Any], objects: Mapping[str, Stateful], index: Index) -> None:
-        self._path, self._index = path, index
+    def __init__(
+        self,
+        path: FilePath,
+        saved: Mapping[str, Any],
+        per_rank: Sequence[Mapping[str, Any]],
+        objects: Mapping[str, Stateful],
+        index: Index,
+    ) -> None:
+        self._path, self._index, self._per_rank = path, index, per_rank
         self._copies: list[tuple[Tensor, str]] = []
         self._states: list[tuple[Stateful, Any]] = []
         #: Where to read each tensor to.
@@ -86,10 +110,10 @@ class Restoring:
 
     def _state(self, name: str, item: Stateful, found: Mapping[str, Any]) -> Any:
         """The object's state, with tensors to be filled: its own ones where they fit, which saves memory."""
-        own = tensors_in(item.state_dict())
+        here = tensors_in(item.state_dict())
         likes: dict[int, Tensor] = {}
         if isinstance(item, nn.Module):
-            self._check_module(name, own, found["state"])
+            self._check_module(name, here, found["state"])
         if isinstance(item, Optimizer | LRScheduler) and found["class"] != type(item).__name__:
             raise self._error(f"{name} is of class {found['class']} in the checkpoint and {type(item).__name__} here")
         if isinstance(item, Optimizer):
@@ -98,7 +122,7 @@ class Restoring:
 
         def target(tensor: str, path: Path) -> Tensor:
             is_state = len(path) == 3 and path[0] == "state"
-            chosen = _target(self._index[tensor], own.get(path), likes.get(path[1]) if is_state else None)
+            chosen = _target(self._index[tensor], here.get(path), likes.get(path[1]) if is_state else None)
             if tensor in self.targets:
                 self._copies.append((chosen, tensor))
             else:
@@ -111,9 +135,16 @@ class Restoring:
                 # load_state_dict looks here for the versions of the modules that wrote the tensors.
                 state = OrderedDict(state)
                 state._metadata = decode(found["versions"], (), target)  # type: ignore[attr-defined]
+            if isinstance(item, Split):
+                own = [decode(each[name]["state"], (), self._mapped) for each in self._per_rank]
+                return item.join_ranks(state, own)
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self._path}: {name} is not as slipstream writes it: {error}") from error
         return state
+
+    def _mapped(self, tensor: str, path: Path) -> Tensor:
+        """Read as it is looked at: no rank needs all of what all ranks had."""
+        return mapped(self._path, tensor, self._index)
 
     def _check_module(self, name: str, own: Mapping[Path, Tensor], state: Mapping[str, Any]) -> None:
         here = {path[0]: tensor for path, tensor in own.items() if len(path) == 1}

@@ -84,6 +84,15 @@ def read_tensors(directory: Path, index: Index, targets: dict[str, Tensor], rank
     _call(load, ranks, targets, storage_reader=_Reader(directory, index), planner=planner)
 
 
+def mapped(directory: Path, name: str, index: Index) -> Tensor:
+    """A tensor that lies in one piece, over the mapped file: what is not looked at is not read. Raises ``KeyError``
+    where there is none of that name."""
+    entry = index[name]
+    if not entry.chunks:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    return _Reader(directory, index).piece(MetadataIndex(name, torch.Size(entry.chunks[0].offsets)))
+
+
 def _call(function: Callable[..., Any], ranks: Ranks, tensors: dict[str, Tensor], **keywords: Any) -> None:
     """DCP without its remark that there is no process group, and with the error that it wraps."""
     try:
@@ -225,7 +234,7 @@ class _Reader(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Copies each part from the mapped files to where it belongs."""
         for item in plan.items:
-            found = self._piece(item.storage_index)
+            found = self.piece(item.storage_index)
             for dimension, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
                 found = found.narrow(dimension, start, length)
             target = planner.resolve_tensor(item).detach()
@@ -235,7 +244,7 @@ class _Reader(StorageReader):
         done.set_result(None)
         return done
 
-    def _piece(self, index: MetadataIndex) -> Tensor:
+    def piece(self, index: MetadataIndex) -> Tensor:
         """A piece as a tensor over the mapped file."""
         entry = self._index[index.fqn]
         offsets = index.offset if index.offset is not None else (0,) * len(entry.shape)

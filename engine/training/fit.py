@@ -165,6 +165,7 @@ class _Run:
         """Unless this step has been."""
         step = self.trainer.loop.progress.step
         if self.saved_at != step:
+            self.trainer.meet()
             self.saved, self.saved_at = self.checkpoints.save(step, self.trainer.objects(self.batches)), step
 
     def _samples_of(self, error: NoNumber, batches: Sequence[Batch]) -> str:

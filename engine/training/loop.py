@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from engine.errors import EngineError
 from engine.training.feature import Feature, Progress
 from engine.training.precision import Precision
+from ops.optimizers.compressed import CompressedOptimizer
 
 log = logging.getLogger("slipstream.training")
 
@@ -33,7 +34,8 @@ class StepReport:
     metrics:        what features report, by name.
     skipped:        a gradient overflowed in fp16: nothing changed but the loss scale, and ``step`` did not count up.
     learning_rates: of each parameter group, as the step used them.
-    grad_norm:      L2 norm of all gradients before clipping; None where nothing is clipped.
+    grad_norm:      L2 norm of all gradients before clipping; None where nothing is clipped. A compressed optimizer that
+                    is past its warm-up knows the root mean square of the processes' norms instead.
     """
 
     step: int
@@ -84,6 +86,10 @@ class Loop:
             raise EngineError(f"training features are named {', '.join(names)}: each may stand once")
         if clip_norm is not None and clip_norm <= 0:
             raise EngineError(f"clip_norm is {clip_norm}: it must be above 0, or left out")
+        if clip_norm is not None and isinstance(optimizer, CompressedOptimizer):
+            raise EngineError(
+                f"clip_norm would clip each process's own gradients: give {type(optimizer).__name__} a max_grad_norm"
+            )
         if accumulation < 1:
             raise EngineError(f"accumulation is {accumulation}: a step needs at least one micro-batch")
         self.progress = Progress(model, optimizer)
@@ -162,6 +168,8 @@ class Loop:
             self._tell_overflow()
             self._walk("step_skipped")
             return StepReport(progress.step, loss, {}, True, rates, grad_norm)
+        if isinstance(optimizer, CompressedOptimizer):
+            grad_norm = self._norm_of_all(optimizer)
         self._walk("optimizer_step_end")
         if self.schedule is not None:
             self.schedule.step()
@@ -201,6 +209,15 @@ class Loop:
                 "learning rate, or look at the batch"
             )
         return loss, found
+
+    def _norm_of_all(self, optimizer: CompressedOptimizer) -> float | None:
+        """The norm that the optimizer has clipped by, in all processes alike."""
+        if optimizer.skipped:
+            raise NoNumber(
+                f"step {self.progress.step + 1}: the norm of the gradients is no number, in one process at least. The "
+                "weights are as before the step: lower the learning rate, or look at the batch"
+            )
+        return optimizer.grad_norm
 
     def _tell_overflow(self) -> None:
         if not self._overflowed:

@@ -12,10 +12,16 @@ from torch import nn
 from torch.optim import Optimizer
 
 from engine.errors import EngineError
-from ops.optimizers import LAMB
+from ops.optimizers import LAMB, OneBitAdam, OneBitLamb, ZeroOneAdam
 
 #: By the name that a configuration gives; in lower case, because DeepSpeed's users write them in several.
-OPTIMIZERS: Mapping[str, Callable[..., Optimizer]] = {"adamw": torch.optim.AdamW, "lamb": LAMB}
+OPTIMIZERS: Mapping[str, Callable[..., Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "lamb": LAMB,
+    "onebitadam": OneBitAdam,
+    "onebitlamb": OneBitLamb,
+    "zerooneadam": ZeroOneAdam,
+}
 #: Devices on which torch has one kernel for a whole AdamW step.
 FUSED = ("cuda", "cpu")
 
@@ -23,8 +29,8 @@ FUSED = ("cuda", "cpu")
 def build_optimizer(
     model: nn.Module, name: str, params: Mapping[str, Any] | None = None, *, decay_all: bool = False
 ) -> Optimizer:
-    """The optimizer called ``name`` ("AdamW", "LAMB") over the trained parameters of ``model``, with ``params`` as its
-    keyword arguments.
+    """The optimizer called ``name`` ("AdamW", "LAMB", "OneBitAdam" ...) over the trained parameters of ``model``, with
+    ``params`` as its keyword arguments.
 
     Weight decay leaves out biases and norm weights (everything of fewer than two dimensions), as BERT and GPT-2 were
     trained, unless ``decay_all``. AdamW is torch's fused one where all parameters allow it and nothing else is asked
@@ -35,7 +41,7 @@ def build_optimizer(
     """
     kind = OPTIMIZERS.get(name.lower())
     if kind is None:
-        raise EngineError(f"no optimizer {name!r}: there are AdamW and LAMB")
+        raise EngineError(f"no optimizer {name!r}: there are {', '.join(one.__name__ for one in OPTIMIZERS.values())}")
     given = dict(params or {})
     known = [key for key in inspect.signature(kind).parameters if key != "params"]
     for key in given:

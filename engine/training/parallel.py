@@ -17,7 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from engine.errors import EngineError
 from engine.training.block_stack import find_stack
 from engine.training.feature import Feature, Progress
+from engine.training.ranks import ranks
 from engine.training.workers import live
+from ops.compression.collective import all_finite
 
 #: Bytes of gradients that are averaged at a time.
 BUCKET_BYTES = 25 * 2**20
@@ -95,6 +97,22 @@ class Replicas(Feature):
                 grad.copy_(mean.view_as(grad))
 
 
+class Overflows(Feature):
+    """Makes an overflow in one process one in all, where their gradients stay apart: all skip the step, or none."""
+
+    name: ClassVar[str] = "overflows"
+    saved: ClassVar[bool] = False
+
+    def backward_end(self, progress: Progress) -> None:
+        """Behind a step's last micro-batch, before gradients are unscaled: that is where overflows are looked for."""
+        grads = [p.grad for p in progress.model.parameters() if p.grad is not None]
+        if progress.micro_batch < progress.micro_batches - 1 or not grads:
+            return
+        overflow = (~all_finite(grads)).float()
+        dist.all_reduce(overflow, dist.ReduceOp.MAX)
+        min(grads, key=Tensor.numel).add_(torch.where(overflow > 0, torch.inf, 0.0))
+
+
 class Overlapped(Feature):
     """``DistributedDataParallel`` or FSDP2: gradients are exchanged with a step's last micro-batch alone."""
 
@@ -133,6 +151,7 @@ def spread(
     """
     if not dist.is_available() or not dist.is_initialized():
         return model, ()
+    assert_alike(model)
     if how == "replicate" and not layer_drop:
         wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
         return wrapped, (Overlapped(wrapped),)
@@ -145,17 +164,55 @@ def spread(
     return model, (Replicas(),)
 
 
+def keep_apart(model: nn.Module, scaled: bool) -> tuple[Feature, ...]:
+    """Gives all processes the weights of the first, and leaves each its own gradients, for an optimizer that exchanges
+    them itself. The features that this needs, ``scaled``: by a loss scale, whose overflows are common."""
+    if not dist.is_available() or not dist.is_initialized():
+        return ()
+    assert_alike(model)
+    share(model)
+    return (Overflows(),) if scaled else ()
+
+
 def share(model: nn.Module) -> None:
     """Gives all processes the weights of the first."""
     for tensor in (*model.parameters(), *model.buffers()):
         dist.broadcast(tensor.detach(), 0)
 
 
+def assert_alike(model: nn.Module) -> None:
+    """Raises :class:`EngineError` in all processes where the model of one of them is another one than the first's."""
+    team, own = ranks(), _facts(model)
+    first = team.first(lambda: own)
+    for rank, found in enumerate(team.every(lambda: _difference(own, first))):
+        if found is not None:
+            raise EngineError(f"the model of rank {rank} is not that of rank 0: {found}; build the same one in each")
+
+
 def fingerprint(model: nn.Module) -> str:
-    """Of what the processes' models must have in common: names, shapes, dtypes, and which parameters are trained."""
-    tensors = (*model.named_parameters(), *model.named_buffers())
-    facts = [(name, tuple(tensor.shape), str(tensor.dtype), tensor.requires_grad) for name, tensor in tensors]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
+    """Of what the processes' models must have in common."""
+    return hashlib.sha256(repr(_facts(model)).encode()).hexdigest()
+
+
+def _facts(model: nn.Module) -> dict[str, str]:
+    """Of each tensor its shape, its dtype, and whether it is trained."""
+    found = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        trained = "trained" if tensor.requires_grad else "not trained"
+        found[name] = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}, {trained}"
+    return found
+
+
+def _difference(own: dict[str, str], first: dict[str, str]) -> str | None:
+    """Where ``own`` facts differ from those of the first process."""
+    for name in (*first, *own):
+        if name not in own:
+            return f"it has no {name}"
+        if name not in first:
+            return f"it has {name} as well"
+        if own[name] != first[name]:
+            return f"{name} is {own[name]}, and {first[name]} there"
+    return None if list(own) == list(first) else "its tensors come in another order"
 
 
 def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:

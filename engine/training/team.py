@@ -20,7 +20,7 @@ from engine.errors import EngineError
 from engine.training.build import TrainingPlan
 from engine.training.failures import failing_together
 from engine.training.loop import StepReport
-from engine.training.parallel import fingerprint, share
+from engine.training.parallel import fingerprint
 from engine.training.trainer import Trainer
 from engine.training.workers import Workers, end_others
 
@@ -102,12 +102,11 @@ class Started:
         raise EngineError(f"{what}: $.training.processes is {size}, and {_TORCHRUN}{remedy}")
 
     def _run(self, name: str, run: Callable[[], T], arguments: Mapping[str, Any], bodies: Sequence[bytes] = ()) -> T:
-        workers, model = self._ready(), self._trainer.model
-        changed = self._changed()
+        workers, changed = self._ready(), self._changed()
 
         def own() -> T:
             if changed:
-                share(model)
+                self._trainer.share()
             return run()
 
         line = {"call": name, "arguments": dict(arguments), "cwd": os.getcwd(), "share": changed}

@@ -29,9 +29,10 @@ from engine.training.datasets import samples_of
 from engine.training.evaluation import figures_of
 from engine.training.loop import Loop, StepReport
 from engine.training.model import load_model, outputs_of, positions
-from engine.training.parallel import Means
+from engine.training.parallel import Means, share
 from engine.training.random_state import RandomState
 from engine.training.ranks import Ranks
+from ops.optimizers.compressed import CompressedOptimizer
 
 
 class Trainer:
@@ -88,6 +89,27 @@ class Trainer:
     def _count_update(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self.updates += 1
 
+    # ---- weights of several processes ----
+
+    @property
+    def _compressed(self) -> CompressedOptimizer | None:
+        """The optimizer, if it is one that exchanges by itself and has begun."""
+        optimizer = self.loop.progress.optimizer if "loop" in vars(self) else None
+        return optimizer if isinstance(optimizer, CompressedOptimizer) else None
+
+    def meet(self) -> None:
+        """All processes get the same weights, where 0/1 Adam lets them differ between two exchanges. Called by all of
+        them, before weights are saved or evaluated."""
+        if self._compressed is not None:
+            self._compressed.meet()
+            self.updates += 1
+
+    def share(self) -> None:
+        """All processes get the weights of the first."""
+        share(self.model)
+        if self._compressed is not None:
+            self._compressed.start_together()
+
     # ---- a step ----
 
     def train_batch(self, batch: Any) -> StepReport:
@@ -138,6 +160,7 @@ class Trainer:
 
     def evaluate(self, samples: Samples) -> dict[str, float]:
         """The figures of the samples' task over all processes, the one that judges first. Each module's mode stays."""
+        self.meet()
         data, modes = self.config.data, [(module, module.training) for module in self.model.modules()]
         wanted = None if data is None else data.metric
         try:
@@ -184,6 +207,7 @@ class Trainer:
                 f"save_pretrained writes Hugging Face models, this is a {type(self.model).__name__}: save_checkpoint() "
                 "keeps it"
             )
+        self.meet()
         whole = None
         if not self.ranks.alone:
             how = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -131,16 +131,18 @@ class MomentOptimizer(Optimizer, ABC):
                         f"the gradient of {self.name_of(index, position)} is sparse: build its layer with sparse=False"
                     )
 
-    def batches(self, group: Mapping[str, Any], limit: int | None = None) -> Iterator[tuple[Arithmetic, Batch]]:
-        """Counts a step for every parameter of ``group`` with a gradient, and gives them in batches, each with its
-        arithmetic.
+    def batches(
+        self, group: Mapping[str, Any], limit: int | None = None, counts: bool = True
+    ) -> Iterator[tuple[Arithmetic, Batch]]:
+        """Counts a step (where ``counts``) for every parameter of ``group`` with a gradient, and gives them in batches,
+        each with its arithmetic.
 
         Parameters without a gradient are left alone, their state too. Empty ones are counted, and in no batch.
         """
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
         for parameter in parameters:
             ensure_state(self.state[parameter], parameter)
-            self.state[parameter]["step"].add_(1)
+            self.state[parameter]["step"].add_(counts)
         states = [self.state[parameter] for parameter in parameters]
         foreach = group["foreach"]
         if foreach is None:

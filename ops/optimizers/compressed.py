@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
-from ops.compression import Errors, GradientCollective, SingleProcess
+from ops.compression import Errors, GradientCollective, SingleProcess, for_other_size
 from ops.optimizers.base import MomentOptimizer
 from ops.optimizers.batch import Batch, compute_dtype
 from ops.optimizers.moments import Arithmetic
@@ -52,11 +52,15 @@ class CompressedOptimizer(MomentOptimizer):
     average them; the optimizer does. All processes begin with the same weights.
 
     A gradient that is no number, on whichever process, skips the step on all of them (``skipped`` tells) and leaves
-    every state as it was. Once signs are exchanged, a parameter that had gradients and has none counts as one of zeros.
+    every state as it was. Once signs are exchanged, a parameter that had gradients and has none counts as one of zeros,
+    and one that has none before may not come.
     """
 
     #: Whether the last step was skipped.
     skipped: bool = False
+    #: The norm that the last step's gradients had before they were clipped, the same on all processes; None where
+    #: ``max_grad_norm`` is 0.
+    grad_norm: float | None = None
     #: Elements of a bucket.
     bucket_elements: ClassVar[int] = BUCKET_ELEMENTS
 
@@ -84,17 +88,29 @@ class CompressedOptimizer(MomentOptimizer):
         """Whether the next step exchanges signs."""
         return self._frozen_at is not None
 
+    @property
+    def together(self) -> bool:
+        """Whether all processes have the same weights."""
+        return True
+
+    def meet(self) -> None:
+        """Brings weights and moments of all processes together now, to the last bit, where they are not already: to be
+        called by all of them, before weights are saved or evaluated."""
+
+    def start_together(self) -> None:
+        """To be called by all processes where somebody has given them the same weights: those count from now on."""
+
     @_disable_dynamo
     @torch.no_grad()
     def update(self) -> None:
         """One step. All processes call it together."""
         self.check_step()
         self._freeze_where_due()
-        if self.frozen:
+        if not self.averages():
             self._fill_gradients()
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         square = self._mean_square(grads)
-        self.skipped = not square < float("inf")
+        self.skipped, self.grad_norm = not square < float("inf"), None
         if not self.skipped:
             averages = self.averages()
             if averages:
@@ -123,10 +139,16 @@ class CompressedOptimizer(MomentOptimizer):
             self._freeze(self._steps)
 
     def _fill_gradients(self) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None and "exp_avg" in self.state.get(parameter, {}):
+        for index, group in enumerate(self.param_groups):
+            for position, parameter in enumerate(group["params"]):
+                known = "exp_avg" in self.state.get(parameter, {})
+                if parameter.grad is None and known:
                     parameter.grad = torch.zeros_like(parameter)
+                elif parameter.grad is not None and not known:
+                    raise self.error(
+                        f"{self.name_of(index, position)} has its first gradient behind the warm-up, where its "
+                        "variance is not known: make the warm-up longer, or do not train it"
+                    )
 
     def _mean_square(self, grads: Sequence[Tensor]) -> float:
         """The mean over processes of their squared gradient norms: no number where one of theirs is none. Raises where
@@ -155,7 +177,7 @@ class CompressedOptimizer(MomentOptimizer):
         which is no less."""
         limit = self.defaults["max_grad_norm"]
         if limit:
-            norm = (float(self._square(grads)) if square is None else square) ** 0.5
+            norm = self.grad_norm = (float(self._square(grads)) if square is None else square) ** 0.5
             if norm > limit:
                 torch._foreach_mul_(list(grads), limit / (norm + 1e-6))
 
@@ -175,6 +197,8 @@ class CompressedOptimizer(MomentOptimizer):
 
     def _freeze(self, steps: int) -> None:
         self._frozen_at = steps
+        if self.collective.rank == 0:
+            log.info("%s: the variance stands as it is after %d steps", type(self).__name__, steps)
         self.begin_compression()
 
     def begin_compression(self) -> None:
@@ -272,15 +296,34 @@ class CompressedOptimizer(MomentOptimizer):
         """Takes :meth:`state_dict` back, bit for bit. Without ``compression`` (a state of torch's AdamW) the warm-up
         goes on.
 
-        Errors of another rank or number of processes are not taken: compensation begins anew, with a warning.
+        Errors of another rank or number of processes are not taken: compensation begins anew, with a warning. With
+        those of all ranks (:meth:`join_ranks`) they are, on any number of processes.
         """
         super().load_state_dict(state_dict)
         if "compression" in state_dict:
             self.load_compression_state(state_dict["compression"])
 
+    def split_ranks(self, state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A :meth:`state_dict` as what all processes have alike, and what is this one's own: the errors.
+
+        Raises :class:`OptimizerError` where processes have weights of their own.
+        """
+        if not self.together:
+            raise self.error("processes have weights of their own at this step: call meet() on all of them, then save")
+        compression = dict(state["compression"])
+        return {**state, "compression": compression}, {"errors": compression.pop("errors")}
+
+    @staticmethod
+    def join_ranks(shared: Mapping[str, Any], own: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """A state for :meth:`load_state_dict` from both parts, ``own`` those of all ranks of the run that was saved."""
+        errors = [part["errors"] for part in own]
+        return {**shared, "compression": {**shared["compression"], "errors_of_all_ranks": errors}}
+
     def compression_state(self) -> dict[str, Any]:
         """What :meth:`state_dict` has of the compression: numbers and tensors alone."""
-        errors = {str(index): one.state_dict() for index, one in self._errors.items()}
+        # One process compresses nothing and owes nothing.
+        kept = {} if isinstance(self.collective, SingleProcess) else self._errors
+        errors = {str(index): one.state_dict() for index, one in kept.items()}
         return {
             "steps": self._steps, "frozen_at": self._frozen_at, "looks": [list(look) for look in self._looks],
             "errors": errors, "rank": self.collective.rank, "size": self.collective.size,
@@ -291,14 +334,29 @@ class CompressedOptimizer(MomentOptimizer):
         self._steps, self._frozen_at = state["steps"], state["frozen_at"]
         self._looks = [(float(total), float(rate)) for total, rate in state["looks"]]
         self._errors = {}
-        if (state["rank"], state["size"]) == (self.collective.rank, self.collective.size):
-            for index, one in state["errors"].items():
-                self._errors[int(index)] = Errors(*(self._here(one[name]) for name in ("worker", "server")))
+        rank, size = self.collective.rank, self.collective.size
+        if "errors_of_all_ranks" in state:
+            self._take_errors(state["errors_of_all_ranks"])
+        elif (state["rank"], state["size"]) == (rank, size):
+            self._errors = {int(index): self._here(Errors(**one)) for index, one in state["errors"].items()}
         elif state["errors"]:
             log.warning(
                 "%s: the errors are those of rank %d of %d processes, this is rank %d of %d: compensation begins anew",
-                type(self).__name__, state["rank"], state["size"], self.collective.rank, self.collective.size,
+                type(self).__name__, state["rank"], state["size"], rank, size,
             )  # fmt: skip
 
-    def _here(self, error: Tensor) -> Tensor:
-        return error.detach().to(self.param_groups[0]["params"][0].device, copy=True)
+    def _take_errors(self, ranks: Sequence[Mapping[str, Any]]) -> None:
+        """Those of all ranks that were saved, bucket by bucket."""
+        rank, size = self.collective.rank, self.collective.size
+        if isinstance(self.collective, SingleProcess):
+            if ranks[0]:
+                said = "%s: one process compresses nothing: the errors of %d processes are left out"
+                log.warning(said, type(self).__name__, len(ranks))
+            return
+        for index in ranks[0]:
+            one = for_other_size([Errors(**errors[index]) for errors in ranks], rank, size)
+            self._errors[int(index)] = self._here(one)
+
+    def _here(self, errors: Errors) -> Errors:
+        device = self.param_groups[0]["params"][0].device
+        return Errors(*(each.detach().to(device, copy=True) for each in (errors.worker, errors.server)))

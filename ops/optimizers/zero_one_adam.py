@@ -37,7 +37,7 @@ class ZeroOneAdam(CompressedOptimizer):
         DeepSpeed does.
     var_freeze_step, var_update_scaler, local_step_scaler, local_step_clipper: DeepSpeed's names and defaults.
 
-    Between two exchanges processes have weights of their own: save and evaluate where :attr:`together` is true.
+    Between two exchanges processes have weights of their own: call :meth:`meet` before saving or evaluating.
     """
 
     shaped_state: ClassVar[tuple[str, ...]] = (*CompressedOptimizer.shaped_state, "update_sum")
@@ -82,7 +82,30 @@ class ZeroOneAdam(CompressedOptimizer):
     @property
     def together(self) -> bool:
         """Whether all processes have the same weights."""
-        return self._alone == 0
+        return self._alone == 0 or self.collective.size == 1
+
+    @torch.no_grad()
+    def meet(self) -> None:
+        """An exchange before its time. Behind it, and where processes are together already, weights and moments become
+        their mean: ways back and forth are rounded in each process for itself."""
+        if not self.frozen or self.collective.size == 1:
+            return
+        self._fill_gradients()
+        groups = enumerate(self.param_groups)
+        found = [(*each, i) for i, group in groups for each in self.batches(group, self.bucket_elements, counts=False)]
+        if not self.together:
+            self._meet(found)
+        for _, batch, _ in found:
+            self.collective.mean([*batch.weights, *batch.exp_avgs]).wait()
+            batch.show_weights()
+
+    @torch.no_grad()
+    def start_together(self) -> None:
+        """What each process has gone alone counts no more."""
+        self._alone, self._rates = 0, [0.0] * len(self.param_groups)
+        for state in self.state.values():
+            if "update_sum" in state:
+                state["update_sum"].zero_()
 
     def averages(self) -> bool:
         """Whether this step is one of the mean gradient."""

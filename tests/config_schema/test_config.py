@@ -130,6 +130,26 @@ BROKEN: dict[str, tuple[dict[str, object], list[str]]] = {
             "lower this, or set it to null"
         ],
     ),
+    "bounds of 1-bit LAMB that cross": (
+        with_model(
+            training={"micro_batch_size": 1}, optimizer={"type": "OneBitLamb", "max_coeff": 0.005, "factor_min": 5.0}
+        ),
+        [
+            "$.optimizer.min_coeff: 0.01 is more than $.optimizer.max_coeff, which is 0.005: lower this",
+            "$.optimizer.factor_min: 5.0 is more than $.optimizer.factor_max, which is 4.0: lower this",
+        ],
+    ),
+    "shards of what is exchanged whole, and two norms": (
+        with_model(
+            training={"micro_batch_size": 1, "data_parallel": "shard", "clip_norm": 1.0},
+            optimizer={"type": "OneBitAdam", "max_grad_norm": 0.5},
+        ),
+        [
+            '$.training.data_parallel: "shard" and "OneBitAdam" exclude each other: set this to "replicate", or choose '
+            "AdamW or LAMB",
+            "$.optimizer.max_grad_norm: 0.5 contradicts $.training.clip_norm, which is 1.0: give one of them",
+        ],
+    ),
     "data of another task": (
         {
             "model": {"path": "m", "task": "causal_lm"},
@@ -175,6 +195,13 @@ FINE: dict[str, dict[str, object]] = {
     ),
     "a trust ratio without a bound": with_model(
         training={"micro_batch_size": 2}, optimizer={"type": "LAMB", "max_coeff": 0.005, "min_coeff": None}
+    ),
+    "one norm under two names": with_model(
+        training={"micro_batch_size": 2, "clip_norm": 0.5, "data_parallel": "replicate"},
+        optimizer={"type": "OneBitLamb", "max_grad_norm": 0.5, "freeze_step": "auto"},
+    ),
+    "a norm of the optimizer's": with_model(
+        training={"micro_batch_size": 2}, optimizer={"type": "ZeroOneAdam", "max_grad_norm": 0.5}
     ),
     "output elsewhere": with_model(job={"type": "encode", "texts_file": "a.txt", "output": "b.jsonl"}),
 }

@@ -77,7 +77,26 @@ GOLDEN: dict[str, tuple[object, list[str]]] = {
     ),
     "an optimizer that is not there": (
         with_model(training={"micro_batch_size": 4}, optimizer={"type": "Adam"}),
-        ['$.optimizer.type: got "Adam", wanted one of "AdamW", "LAMB"; did you mean "AdamW"?'],
+        [
+            '$.optimizer.type: got "Adam", wanted one of "AdamW", "LAMB", "OneBitAdam", "OneBitLamb", "ZeroOneAdam"; '
+            'did you mean "AdamW"?'
+        ],
+    ),
+    "keys of compressed optimizers": (
+        with_model(
+            training={"micro_batch_size": 4},
+            optimizer={"type": "ZeroOneAdam", "freeze_step": 3, "local_step_cliper": 8},
+        ),
+        [
+            f'$.optimizer.{key}: unknown key, did you mean "{meant}"? (allowed: type, lr, betas, eps, weight_decay, '
+            "decay_all, max_grad_norm, var_freeze_step, var_update_scaler, local_step_scaler, local_step_clipper, "
+            "bias_correction)"
+            for key, meant in (("freeze_step", "var_freeze_step"), ("local_step_cliper", "local_step_clipper"))
+        ],
+    ),
+    "a warm-up that is no number": (
+        with_model(training={"micro_batch_size": 4}, optimizer={"type": "OneBitAdam", "freeze_step": 0}),
+        ['$.optimizer.freeze_step: got 0, wanted an integer from 1 to 2147483647 or "auto"'],
     ),
     "theta out of range": (
         with_model(training={"micro_batch_size": 4}, progressive_layer_drop={"theta": 1.5}),

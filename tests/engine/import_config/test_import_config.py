@@ -105,7 +105,19 @@ EXPECTED: dict[str, tuple[Document, Document]] = {
                 "loss_scale": {"initial": 65536.0, "growth_interval": 1000},
                 "clip_norm": 1.0,
             },
-            "optimizer": {"type": "LAMB", "lr": 0.011, "weight_decay": 0.0, "max_coeff": 0.3, "min_coeff": 0.01},
+            "optimizer": {
+                "type": "OneBitLamb",
+                "lr": 0.011,
+                "weight_decay": 0.0,
+                "bias_correction": False,
+                "freeze_step": 1000,
+                "max_coeff": 0.3,
+                "min_coeff": 0.01,
+                "coeff_beta": 0.9,
+                "factor_max": 4.0,
+                "factor_min": 0.5,
+                "factor_threshold": 0.1,
+            },
         },
     ),
     "1Cycle": (
@@ -171,14 +183,9 @@ def test_no_key_is_passed_over(name: str) -> None:
 
 
 def test_features_to_come_are_said_to_be_missing() -> None:
-    moq, one_bit = fates(import_config(MOQ)), fates(import_config(ONE_BIT))
+    moq = fates(import_config(MOQ))
     cycle, inference = fates(import_config(ONE_CYCLE)), fates(import_config(INFERENCE))
     assert moq["quantize_training"] is Fate.LATER
-    assert {key for key, fate in one_bit.items() if fate is Fate.LATER} == {
-        "optimizer.type",
-        *(f"optimizer.params.{name}" for name in ("freeze_step", "comm_backend_name", "coeff_beta")),
-        *(f"optimizer.params.{name}" for name in ("factor_max", "factor_min", "factor_threshold")),
-    }
     assert (cycle["flops_profiler"], cycle["wall_clock_breakdown"]) == (Fate.LATER, Fate.LATER)
     assert inference["tensor_parallel.tp_size"] is Fate.LATER
     assert fates(import_config({"dtype": "int8"}))["dtype"] is Fate.LATER

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from config_schema import load_config
 from engine.errors import EngineError
 from engine.training.optimizer import build_optimizer
-from ops.optimizers import LAMB
+from ops.optimizers import LAMB, OneBitAdam, OneBitLamb, ZeroOneAdam
 
 
 def model() -> nn.Module:
@@ -19,7 +21,17 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 1))
 
 
-@pytest.mark.parametrize(("name", "kind"), [("AdamW", torch.optim.AdamW), ("adamw", torch.optim.AdamW), ("LAMB", LAMB)])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("AdamW", torch.optim.AdamW),
+        ("adamw", torch.optim.AdamW),
+        ("LAMB", LAMB),
+        ("OneBitAdam", OneBitAdam),
+        ("onebitlamb", OneBitLamb),
+        ("ZeroOneAdam", ZeroOneAdam),
+    ],
+)
 def test_biases_and_norms_do_not_decay(name: str, kind: type) -> None:
     found = build_optimizer(model(), name, {"lr": 0.5, "weight_decay": 0.25})
     assert isinstance(found, kind)
@@ -46,6 +58,17 @@ def test_a_step_is_torchs() -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("kind", [LAMB, OneBitAdam, OneBitLamb, ZeroOneAdam])
+def test_a_section_has_the_defaults_of_its_class(kind: type) -> None:
+    document = {"model": {"path": "m"}, "training": {"micro_batch_size": 1}, "optimizer": {"type": kind.__name__}}
+    section = load_config(document).optimizer
+    assert section is not None
+    given = section.model_dump(exclude={"type", "decay_all"})
+    wanted = {name: p.default for name, p in inspect.signature(kind).parameters.items() if p.default is not p.empty}
+    assert given == {name: value for name, value in wanted.items() if name in given}
+    assert set(wanted) - set(given) <= {"collective", "foreach", "maximize", "adapt"}
+
+
 def test_frozen_and_shared_parameters() -> None:
     one = model()
     one[0].weight.requires_grad_(False)
@@ -64,7 +87,7 @@ def test_fused_only_where_nothing_else_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("name", "params", "words"),
     [
-        ("Adagrad", {}, "no optimizer 'Adagrad': there are AdamW and LAMB"),
+        ("Adagrad", {}, "no optimizer 'Adagrad': there are AdamW, LAMB, OneBitAdam, OneBitLamb, ZeroOneAdam"),
         ("AdamW", {"weight_decy": 0.1}, 'AdamW has no parameter "weight_decy", did you mean "weight_decay"?'),
         ("LAMB", {"warmth": 1}, 'LAMB has no parameter "warmth": it has lr, betas, eps, weight_decay'),
         ("AdamW", {"lr": -1.0}, "AdamW: Invalid learning rate: -1.0"),

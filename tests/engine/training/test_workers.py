@@ -51,8 +51,12 @@ if "engine.worker" in sys.orig_argv and "BREAK" in os.environ:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What :func:`prepared` writes."""
+    return prepared(tmp_path_factory.mktemp("workers"))
+
+
+def prepared(home: Path) -> Path:
     """A tiny classifier that drops out, one that does not (``plain``), and data."""
-    home = tmp_path_factory.mktemp("workers")
     tokenizer = bpe_tokenizer()
     tokenizer.pad_token = "<eos>"
     sizes: dict[str, Any] = {
