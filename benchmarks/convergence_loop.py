@@ -17,8 +17,8 @@ import torch
 from benchmarks.convergence_data import Corpus
 from benchmarks.masked_lm import MaskedLM, Shape
 from benchmarks.steps import device_in_words, wait
+from config_schema import SlipstreamError
 from engine.bench.report import write
-from engine.errors import EngineError
 from engine.training.checkpoint import Checkpoints, Stateful
 from engine.training.data.batches import Batches
 from engine.training.metrics import MeanLoss
@@ -188,7 +188,8 @@ def train(
     """Trains to the end, or for ``limit`` seconds of this process, and writes ``out/NAME.json`` after each evaluation.
 
     A run that is cut leaves a checkpoint, from which the next call goes on. One that is done leaves ``out/NAME/``, a
-    Hugging Face directory with its tokenizer. Gives ``done`` or ``cut``; a loss that is no number is written down as ``failed`` and raised.
+    Hugging Face directory with its tokenizer. Gives ``done`` or ``cut``; what stops it otherwise (a loss that is no
+    number) is written down as ``failed`` and raised.
     """
     result, checkpoints = out / f"{run.name}.json", Checkpoints(out / f"{run.name}.checkpoints", keep=1)
     if result.exists() and json.loads(result.read_text("utf-8"))["status"] == "done":
@@ -216,7 +217,7 @@ def train(
                 point = training.curve.point(training.step, samples, held_out, **training.facts())
                 record("running")
                 say(f"{run.name}: " + ", ".join(f"{key} {value:.6g}" for key, value in point.items()))
-    except EngineError as error:
+    except SlipstreamError as error:
         record("failed", str(error))
         raise
     finally:

@@ -141,13 +141,12 @@ class RanksTraining(PreTraining):
         self._gradient = sum(parameter.numel() * parameter.element_size() for parameter in first.parameters())
         self._pool = ThreadPoolExecutor(len(models), "rank")
 
-    def _loop(
-        self, run: RanksRun, model: MaskedLM, collective: GradientCollective, losses: GradientCollective
-    ) -> Loop:
+    def _loop(self, run: RanksRun, model: MaskedLM, collective: GradientCollective, losses: GradientCollective) -> Loop:
         optimizer = optimizer_of(model, run, collective)
 
         def mean(values: Tensor) -> Tensor:
-            losses.mean([values]).wait()
+            if self.compressed:
+                losses.mean([values]).wait()
             return values
 
         return Loop(
@@ -158,7 +157,7 @@ class RanksTraining(PreTraining):
             precision=Precision(run.precision, self.device.type),
             clip_norm=None if self.compressed else run.clip or None,
             accumulation=1 if self.compressed else run.ranks,
-            **({"reduce": mean} if self.compressed else {}),
+            reduce=mean,
         )
 
     @property
@@ -223,8 +222,7 @@ class RanksTraining(PreTraining):
 
     def evaluate(self) -> float:
         """The held-out loss of the weights, which must be the same on all ranks to the last bit."""
-        if self.settled:
-            self.check_equal()
+        self.check_equal()
         return super().evaluate()
 
     def check_equal(self) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +20,7 @@ from benchmarks.convergence_plot import best, crossing, groups, read
 from benchmarks.convergence_run import ARMS
 from engine.training.layer_drop import Schedule, draw_gates
 from tests.benchmarks import small
-from tests.benchmarks.small import call, write_text
+from tests.benchmarks.small import call, ticking, write_text
 
 SIZES = ("--layers", "3", "--hidden", "16", "--heads", "2", "--length", "16", "--batch", "8", "--dropout", "0.1")
 STEPS = 24
@@ -101,12 +98,6 @@ def test_arms_see_the_same_data(run: Callable[..., Any], monkeypatch: pytest.Mon
     assert all(torch.equal(a, b) for a, b in zip(seen[:count], seen[count:], strict=True))
     run("preln", "--seed", "2")
     assert not torch.equal(seen[0], seen[2 * count])
-
-
-def ticking() -> SimpleNamespace:
-    """A ``time`` whose monotonic clock counts how often it is asked."""
-    clock: Iterator[int] = itertools.count()
-    return SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
 
 
 def test_a_run_that_is_cut_goes_on_as_if_it_was_not(
