@@ -99,14 +99,12 @@ def loss_table(groups: Groups) -> str:
     rows = []
     for key, group in groups.items():
         done = [one.final for one in group if one.status == "done"]
-        row = [key[0], str(key[2]), str(key[3]), f"{key[4]:g}", f"{len(done)}/{len(group)}"]
-        if not done:
-            rows.append([*row, "-", "-", "-", "-"])
-            continue
-        mean, deviation = mean_and_deviation(done)
-        rows.append([*row, f"{mean:.4f}", _number(deviation), *_against(partner(groups, key), mean)])
-    headers = ["arm", "batch", "steps", "lr", "done", "loss", "dev.", "- base", "within"]
-    return table(headers, rows, texts=[0])
+        row = [key[0], f"{key[-1]:g}", f"{len(done)}/{len(group)}"]
+        if done:
+            mean, deviation = mean_and_deviation(done)
+            row += [f"{mean:.4f}", _number(deviation), *_against(partner(groups, key), mean)]
+        rows.append([*row, *[""] * (7 - len(row))])
+    return table(["arm", "lr", "done", "loss", "deviation", "- base", "within"], rows, texts=[0])
 
 
 def _against(base: Sequence[Record] | None, mean: float) -> list[str]:
@@ -129,10 +127,8 @@ def cost_table(groups: Groups) -> str:
         less = "" if base is None else f"{statistics.fmean(one.sent for one in base) / sent:.2f}"
         update = statistics.fmean(point["update"] for one in group for point in one.points)
         ms = statistics.fmean(one.ms for one in group)
-        sizes = [str(size) for size in key[1:4]]
-        rows.append([key[0], *sizes, f"{sent / MEGABYTE:.1f}", less, f"{ms:.4g}", f"{1000 * update:.4g}"])
-    headers = ["arm", "ranks", "batch", "steps", "MB sent", "x less", "ms/step", "update"]
-    return table(headers, rows, texts=[0])
+        rows.append([key[0], f"{key[-1]:g}", f"{sent / MEGABYTE:.1f}", less, f"{ms:.4g}", f"{1000 * update:.4g}"])
+    return table(["arm", "lr", "MB sent", "x less", "ms/step", "ms/update"], rows, texts=[0]) if rows else ""
 
 
 def unfinished(groups: Groups) -> list[str]:
@@ -145,17 +141,25 @@ def unfinished(groups: Groups) -> list[str]:
     ]
 
 
+def cases(groups: Groups) -> dict[tuple[int, int, int], Groups]:
+    """The groups of each number of ranks, batch and number of steps."""
+    found: dict[tuple[int, int, int], Groups] = {}
+    for key, group in groups.items():
+        found.setdefault((key[1], key[2], key[3]), {})[key] = group
+    return found
+
+
 def summary(directory: Path) -> str:
     """All tables."""
-    groups = read(directory)
-    devices = sorted({one.device.split(";")[0] for group in groups.values() for one in group})
-    return "\n\n".join(
-        [
-            "held-out loss at the end; mean and deviation of the seeds\n" + loss_table(groups),
-            "MB of a rank in the run; ms of a step, and of its update\n" + cost_table(groups),
-            "\n".join([*unfinished(groups), " / ".join(devices)]),
+    groups, parts = read(directory), []
+    for (ranks, batch, steps), own in cases(groups).items():
+        parts += [
+            f"{ranks} ranks, batch {batch}, {steps} steps: held-out loss at the end, mean of seeds",
+            loss_table(own),
+            "what a rank sends in the run; a step, and its update with the exchange",
+            cost_table(own),
         ]
-    )
+    return "\n\n".join(part for part in [*parts, *unfinished(groups), _devices(groups)] if part)
 
 
 def draw(groups: Groups, path: Path) -> None:
@@ -164,12 +168,11 @@ def draw(groups: Groups, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    cases = sorted({key[1:4] for key in groups})
-    figure = Figure(figsize=(11, 4.4 * len(cases)), layout="constrained")
+    found = cases(groups)
+    figure = Figure(figsize=(11, 4.4 * len(found)), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(len(cases), 2, sharey="row", squeeze=False)
-    for row, case in zip(grid, cases, strict=True):
-        own = {key: group for key, group in groups.items() if key[1:4] == case}
+    grid = figure.subplots(len(found), 2, sharey="row", squeeze=False)
+    for row, ((ranks, batch, steps), own) in zip(grid, found.items(), strict=True):
         for axis, (key, unit, label) in zip(
             row, (("samples", 1.0, "samples"), ("sent", MEGABYTE, "MB that a rank has sent")), strict=True
         ):
@@ -177,10 +180,9 @@ def draw(groups: Groups, path: Path) -> None:
             axis.set_xlabel(label)
         row[1].set_xscale("log")
         row[0].set_ylabel("held-out masked-LM loss, nats")
-        row[0].set_title(f"batch {case[1]}, {case[0]} ranks", fontsize=10)
+        row[0].set_title(f"{ranks} ranks, batch {batch}, {steps} steps", fontsize=10)
         row[0].legend(fontsize=8)
-    devices = sorted({one.device.split(";")[0] for group in groups.values() for one in group})
-    figure.suptitle(f"BERT pre-training, compressed optimizers; {' / '.join(devices)}", fontsize=11)
+    figure.suptitle(f"BERT pre-training, compressed optimizers; {_devices(groups)}", fontsize=11)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=130)
     write(path, picture.getvalue())
@@ -210,6 +212,10 @@ def _limits(losses: Iterable[float]) -> tuple[float, float]:
     low, high = ordered[0], ordered[int(0.95 * (len(ordered) - 1))]
     room = 0.05 * max(high - low, 1e-3)
     return low - room, high + room
+
+
+def _devices(groups: Groups) -> str:
+    return " / ".join(sorted({one.device.split(";")[0] for group in groups.values() for one in group}))
 
 
 def _number(value: float) -> str:
