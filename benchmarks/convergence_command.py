@@ -55,12 +55,13 @@ def add_sizes(parser: argparse.ArgumentParser, sizes: Shape) -> None:
         group.add_argument(f"--{name}", metavar="N", type=options.count, default=value, help=f"({value})")
     group.add_argument("--heads", metavar="N", type=options.count, help="(hidden / 64)")
     group.add_argument("--dropout", type=float, default=sizes.dropout, help=f"({sizes.dropout})")
+    group.add_argument("--init", type=float, default=sizes.init, help=f"deviation of the first weights ({sizes.init})")
 
 
 def shape_of(chosen: argparse.Namespace, vocabulary: int) -> Shape:
     """The sizes that are asked for."""
     heads = chosen.heads or max(chosen.hidden // 64, 1)
-    return Shape(chosen.layers, chosen.hidden, heads, chosen.length, vocabulary, chosen.dropout)
+    return Shape(chosen.layers, chosen.hidden, heads, chosen.length, vocabulary, chosen.dropout, chosen.init)
 
 
 def prepare(chosen: argparse.Namespace) -> None:
