@@ -28,20 +28,22 @@ WARMUP = 0.1
 
 @dataclass(frozen=True)
 class Tuning:
-    """run: the name of the run whose end is tuned. task: the name of the task's directory."""
+    """run: the name of the run whose end is tuned. task: the name of the task's directory. seeds: of the heads and of
+    the order of samples."""
 
     run: str
     task: str
     lr: float
     epochs: float
     batch: int
-    seeds: int
+    seeds: tuple[int, ...]
     precision: Mode
 
     @property
     def name(self) -> str:
         """Of its file."""
-        return f"finetune-{self.run}-{self.task}-lr{self.lr:g}"
+        seeds = "-".join(map(str, self.seeds))
+        return f"finetune-{self.run}-{self.task}-lr{self.lr:g}-seed{seeds}"
 
 
 def part(task: Path, name: str) -> Path:
@@ -125,7 +127,7 @@ def finetune(
     train, dev = read(task, tokenizer, length)
     quiet()
     found: list[dict[str, float]] = []
-    for seed in range(1, tuning.seeds + 1):
+    for seed in tuning.seeds:
         found.append(one_seed(directory, train, dev, tuning, seed, device))
         say(f"{tuning.name}, seed {seed}: " + ", ".join(f"{key} {value:.4f}" for key, value in found[-1].items()))
         document = {"tuning": asdict(tuning), "device": device_in_words(device), "seeds": found}

@@ -53,7 +53,7 @@ def finetune(chosen: argparse.Namespace) -> None:
             lr=chosen.tune_lr,
             epochs=chosen.epochs,
             batch=chosen.tune_batch,
-            seeds=chosen.seeds,
+            seeds=tuple(chosen.tune_seeds),
             precision=chosen.precision,
         )
         convergence_tune.finetune(chosen.run, task, tuning, chosen.out, device_of(chosen.device), say)
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--tune-lr", metavar="LR", type=float, default=5e-5, help="(5e-5)")
     tune.add_argument("--epochs", type=float, default=3, help="(3)")
     tune.add_argument("--tune-batch", metavar="N", type=options.count, default=32, help="(32)")
-    tune.add_argument("--seeds", metavar="N", type=options.count, default=3, help="(3)")
+    tune.add_argument("--tune-seeds", metavar="N", type=int, nargs="+", default=[1, 2, 3], help="one by one (1 2 3)")
     return parser
 
 

@@ -239,22 +239,25 @@ def test_the_end_of_a_run_is_tuned(run: Callable[..., Any], tmp_path: Path, monk
         task(tmp_path, "values", lambda text: 0.5 + small.WORDS.index(text.split()[0]) / 60),
     ]
     out = tmp_path / "runs"
-    options = ["--seeds", "2", "--epochs", "12", "--tune-lr", "5e-3", "--device", "cpu", "--precision", "fp32"]
+    options = ["--epochs", "12", "--tune-lr", "5e-3", "--device", "cpu", "--precision", "fp32"]
     for arm in ("postln", "preln_pld"):
         directory = out / f"{arm}-lr0.003-seed1-steps24"
-        call(command.main, monkeypatch, "--finetune", *tasks, "--run", directory, "--out", out, *options)
+        for seed in (1, 2):  # as two processes would
+            given = ["--out", out, "--tune-seeds", seed, *options]
+            call(command.main, monkeypatch, "--finetune", *tasks, "--run", directory, *given)
     found = {path.name: small.read(path) for path in out.glob("finetune-*.json")}
-    assert len(found) == 4
+    assert len(found) == 8
     for name, one in found.items():
         figure, least = ("matthews", 0.9) if "-cola-" in name else ("pearson", 0.5)
-        assert len(one["seeds"]) == 2
+        assert len(one["seeds"]) == 1
         assert all(seed[figure] > least for seed in one["seeds"]), (name, one["seeds"])
     text = convergence_plot.summary(out)
-    assert [line.split()[:4] for line in text.splitlines()[-4:]] == [
-        ["cola,", "matthews", "postln", "0.005"],
-        ["cola,", "matthews", "preln_pld", "0.005"],
-        ["values,", "pearson", "postln", "0.005"],
-        ["values,", "pearson", "preln_pld", "0.005"],
+    rows = [line.split() for line in text.splitlines()[-4:]]
+    assert [row[:5] for row in rows] == [
+        ["cola,", "matthews", "postln", "0.005", "2"],
+        ["cola,", "matthews", "preln_pld", "0.005", "2"],
+        ["values,", "pearson", "postln", "0.005", "2"],
+        ["values,", "pearson", "preln_pld", "0.005", "2"],
     ]
 
 
