@@ -1,4 +1,4 @@
-"""The model of the scale-out: its bytes are those that the collectives count, and it stands beside published figures."""
+"""The model of the scale-out: its bytes are those that the collectives count; published figures beside it."""
 
 from __future__ import annotations
 
