@@ -10,8 +10,10 @@ Arms: lamb and onebit_lamb; adamw, onebit_adam and zero_one_adam. A step's batch
 each line take the mean of the parts' gradients. In the others each part has a model and an optimizer of its own, which
 exchange through ops.compression.SimulatedCollective: the bits are those of as many processes. All else is alike: sizes,
 batches, masks and dropout (by seed), weight decay 0.01, clipping to 1, warm-up of the rate, then a straight line to 0.
-The variance stands behind --freeze of the steps. 0/1 Adam has DeepSpeed's intervals for BERT, scaled to the length of
-the run. At every evaluation the weights of all ranks must be the same to the last bit, or the run ends.
+The variance stands behind --freeze of the steps, which should lie where the loss falls: on the plateau at the start some
+weights have next to no gradient, and signs move all alike. All signs of an exchange have one size; --bucket 0 exchanges
+each parameter apart. 0/1 Adam has DeepSpeed's intervals for BERT, scaled to the length of the run. At every evaluation
+the weights of all ranks must be the same to the last bit, or the run ends.
 
 One document of 50 is held out. Give each arm three --seed, and the baseline and its arm the same --lr: --plot takes the
 difference of their last losses, and the baseline's deviation between seeds. Larger batches: --batch and --steps.
@@ -48,7 +50,7 @@ def share_or_auto(text: str) -> float | Literal["auto"]:
 
 def train(chosen: argparse.Namespace) -> None:
     """``--arm``."""
-    names = ("ranks", "norm", "freeze", "clip", "eps")
+    names = ("ranks", "norm", "freeze", "clip", "eps", "bucket")
     run_arm(chosen, partial(RanksRun, **{name: getattr(chosen, name) for name in names}), RanksTraining)
 
 
@@ -72,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
         "--freeze", metavar="SHARE", type=share_or_auto, default=0.2, help="of the steps before signs, or auto (0.2)"
     )
     ranks.add_argument("--clip", metavar="NORM", type=float, default=1.0, help="of the gradient, 0 for none (1)")
+    ranks.add_argument(
+        "--bucket", metavar="N", type=int, help="elements with one size of signs, 0: each parameter apart"
+    )
     ranks.add_argument("--eps", type=float, default=1e-8, help="of the optimizers (1e-8)")
     add_sizes(parser, Shape(6, 512, 8, dropout=0.0))
     return parser

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.convergence_ranks import ARMS
+from benchmarks.convergence_ranks import ARMS, variant
 from config_schema import SlipstreamError
 from engine.bench.chart import check_installed
 from engine.bench.report import write
@@ -28,9 +28,11 @@ MEGABYTE = 1e6
 
 @dataclass(frozen=True)
 class Record:
-    """A run's file: see ``convergence_loop`` and ``convergence_ranks``."""
+    """A run's file: see ``convergence_loop`` and ``convergence_ranks``. label: the arm, and in what its options are
+    not the benchmark's defaults."""
 
     arm: str
+    label: str
     lr: float
     seed: int
     steps: int
@@ -56,7 +58,7 @@ class Record:
         return self.points[-1]["sent"]
 
 
-#: Arm, ranks, batch, steps, rate.
+#: Label, ranks, batch, steps, rate.
 Key = tuple[str, int, int, int, float]
 Groups = dict[Key, list[Record]]
 
@@ -69,14 +71,16 @@ def read(directory: Path) -> Groups:
         found = json.loads(path.read_text("utf-8"))
         run = found.get("run") if isinstance(found, dict) else None
         if isinstance(run, dict) and run.get("arm") in ARMS:
-            given = {name: run[name] for name in names}
+            given = {name: run[name] for name in names} | {"label": ", ".join([run["arm"], *variant(run)])}
             records.append(Record(**given, status=found["status"], device=found["device"], points=found["points"]))
     if not records:
         raise SlipstreamError(f"--plot {directory}: holds no run of {', '.join(ARMS)}")
     found_groups: Groups = {}
     order = list(ARMS)
-    for one in sorted(records, key=lambda one: (one.ranks, one.batch, one.steps, order.index(one.arm), one.lr)):
-        found_groups.setdefault((one.arm, one.ranks, one.batch, one.steps, one.lr), []).append(one)
+    for one in sorted(
+        records, key=lambda one: (one.ranks, one.batch, one.steps, order.index(one.arm), one.label, one.lr)
+    ):
+        found_groups.setdefault((one.label, one.ranks, one.batch, one.steps, one.lr), []).append(one)
     for group in found_groups.values():
         group.sort(key=lambda one: one.seed)
     return found_groups
@@ -89,7 +93,7 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
 
 def partner(groups: Groups, key: Key) -> list[Record] | None:
     """The runs of the arm's baseline with the same batch, steps and rate."""
-    base = ARMS[key[0]].baseline
+    base = ARMS[groups[key][0].arm].baseline
     return None if base == key[0] else groups.get((base, *key[1:]))
 
 
@@ -134,7 +138,7 @@ def cost_table(groups: Groups) -> str:
 def unfinished(groups: Groups) -> list[str]:
     """A line for each run that is not done."""
     return [
-        f"{one.arm}, batch {one.batch}, {one.steps} steps, lr {one.lr:g}, seed {one.seed}: {one.status}"
+        f"{one.label}, batch {one.batch}, {one.steps} steps, lr {one.lr:g}, seed {one.seed}: {one.status}"
         for group in groups.values()
         for one in group
         if one.status != "done"
@@ -189,18 +193,19 @@ def draw(groups: Groups, path: Path) -> None:
 
 
 def _panel(axis: object, groups: Groups, key: str, unit: float) -> None:
-    """A line a run; each further rate of an arm is fainter."""
-    rates: dict[str, list[float]] = {}
-    for (arm, *_, lr), group in groups.items():
-        rates.setdefault(arm, []).append(lr)
+    """A line a run; each further variant or rate of an arm is fainter."""
+    faint: dict[str, int] = {}
+    for (label, *_, lr), group in groups.items():
+        arm = group[0].arm
+        faint[arm] = faint.get(arm, -1) + 1
         for at, one in enumerate(group):
             axis.plot(  # type: ignore[attr-defined]
                 [point[key] / unit for point in one.points],
                 [point["loss"] for point in one.points],
                 color=COLORS[arm],
-                alpha=max(1 - 0.35 * rates[arm].index(lr), 0.2),
+                alpha=max(1 - 0.35 * faint[arm], 0.2),
                 linewidth=1.2,
-                label=None if at else f"{arm}, lr {lr:g}",
+                label=None if at else f"{label}, lr {lr:g}",
             )
     axis.grid(color="#e3e6ea", linewidth=0.7)  # type: ignore[attr-defined]
     axis.set_ylim(*_limits(point["loss"] for group in groups.values() for one in group for point in one.points))  # type: ignore[attr-defined]

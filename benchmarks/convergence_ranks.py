@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -40,7 +40,8 @@ class RanksRun(Settings):
     """What is trained by how many ranks, each with ``batch / ranks`` sequences of a step.
 
     freeze: share of the steps behind which the variance stands, or "auto". clip: the largest norm of the gradient, 0
-    for none. eps: as the optimizers have it.
+    for none. eps: as the optimizers have it. bucket: elements whose signs have one size, 0 for a parameter at a time;
+    None is the optimizers' own.
     """
 
     ranks: int = 4
@@ -48,6 +49,7 @@ class RanksRun(Settings):
     freeze: float | Literal["auto"] = 0.2
     clip: float = 1.0
     eps: float = 1e-8
+    bucket: int | None = None
     shape: Shape = field(default_factory=lambda: Shape(6, 512, 8, dropout=0.0))
 
     def __post_init__(self) -> None:
@@ -61,12 +63,20 @@ class RanksRun(Settings):
     @property
     def name(self) -> str:
         """Of its files."""
-        return f"{super().name}-batch{self.batch}"
+        return "-".join([super().name, f"batch{self.batch}", *variant(asdict(self))]).replace(" ", "")
 
     @property
     def freeze_step(self) -> int | Literal["auto"]:
         """In steps."""
         return "auto" if self.freeze == "auto" else max(round(self.freeze * self.steps), 1)
+
+
+def variant(run: Mapping[str, Any]) -> list[str]:
+    """What a run (its fields) has otherwise than the benchmark's defaults, where its optimizer exchanges signs."""
+    if isinstance(ARMS[run["arm"]].kind, str):
+        return []
+    defaults = {field.name: field.default for field in fields(RanksRun) if field.name in ("freeze", "bucket")}
+    return [f"{name} {run[name]}" for name, value in defaults.items() if run.get(name, value) != value]
 
 
 def adam(run: RanksRun) -> dict[str, Any]:
@@ -121,7 +131,11 @@ def optimizer_of(model: nn.Module, run: RanksRun, collective: GradientCollective
         {"params": [(name, parameter) for name, parameter in named if parameter.ndim < 2], "weight_decay": 0.0},
     ]
     kind: Any = arm.kind
-    return kind(groups, collective=collective, max_grad_norm=run.clip, **common, **arm.options(run))  # type: ignore[no-any-return]
+    found = kind(groups, collective=collective, max_grad_norm=run.clip, **common, **arm.options(run))
+    if run.bucket is not None:
+        found.bucket_elements = run.bucket
+    optimizer: Optimizer = found
+    return optimizer
 
 
 class RanksTraining(PreTraining):

@@ -208,6 +208,23 @@ def test_what_cannot_be_is_told(
     assert told in capsys.readouterr().err
 
 
+def test_each_parameter_apart(run: Callable[..., Any], corpus: Path) -> None:
+    """More scales are sent, and the run is told from others."""
+    found = run("onebit_adam", "--freeze", "0.25", "--bucket", "0")
+    sizes = [one.numel() for one in training(corpus, "onebit_adam").model.parameters()]
+    signs = sum(2 * (RANKS - 1) * (-(-n // (8 * RANKS)) + 4) for n in sizes)
+    assert found["points"][-1]["sent_compressed"] == 18 * signs
+
+
+def test_variants_stand_apart(tmp_path: Path) -> None:
+    write_run(tmp_path, "adamw", 1, [6.0, 3.0])
+    for bucket, loss in ((None, 3.5), (0, 3.1)):
+        write_run(tmp_path, "onebit_adam", 1, [6.0, loss], bucket=bucket)
+    found = rows(convergence_compare.loss_table(convergence_compare.read(tmp_path)), 1)
+    assert found["onebit_adam",] == ["0.001", "1/1", "3.5000", "-", "+0.5000", "?"]
+    assert found["onebit_adam,",] == ["bucket", "0", "0.001", "1/1", "3.1000", "-", "+0.1000", "?"]
+
+
 def test_freezing_where_the_variance_is_stable(run: Callable[..., Any]) -> None:
     """Not within 1 / (1 - beta2) steps."""
     assert run("onebit_adam", "--freeze", "auto")["frozen_at"] is None
@@ -229,7 +246,7 @@ def write_run(directory: Path, arm: str, seed: int, ends: list[float], **others:
         }
         for at, loss in enumerate(ends, 1)
     ]
-    run = {name: given[name] for name in ("lr", "steps", "batch", "ranks")}
+    run = {name: given[name] for name in ("lr", "steps", "batch", "ranks", "bucket") if name in given}
     document = {"run": {"arm": arm, "seed": seed, **run}, "status": given["status"], "device": "GPU; CPU"}
     name = "-".join(map(str, [arm, seed, *run.values()]))
     (directory / f"{name}.json").write_text(json.dumps({**document, "points": points}))
