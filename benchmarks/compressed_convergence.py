@@ -10,7 +10,7 @@ Arms: lamb and onebit_lamb; adamw, onebit_adam and zero_one_adam. A step's batch
 each line take the mean of the parts' gradients. In the others each part has a model and an optimizer of its own, which
 exchange through ops.compression.SimulatedCollective: the bits are those of as many processes. All else is alike: sizes,
 batches, masks and dropout (by seed), weight decay 0.01, clipping to 1, warm-up of the rate, then a straight line to 0.
-The variance stands behind --freeze of the steps, which should lie where the loss falls: on the plateau at the start some
+The variance stands behind --freeze of the steps, which should lie where the loss falls: on the plateau before, some
 weights have next to no gradient, and signs move all alike. All signs of an exchange have one size; --bucket 0 exchanges
 each parameter apart. 0/1 Adam has DeepSpeed's intervals for BERT, scaled to the length of the run. At every evaluation
 the weights of all ranks must be the same to the last bit, or the run ends.

@@ -87,9 +87,11 @@ def run_arm(
     device = device_of(chosen.device)
     if chosen.probe:
         going = training(run, corpus, device)
-        seconds = probe(going, chosen.probe)
+        found = probe(going, chosen.probe)
+        seconds = found["seconds"]
         fit = "" if math.isinf(chosen.seconds) else f": {chosen.seconds:g} seconds hold {int(chosen.seconds / seconds)}"
         print(f"{run.arm}, {device_in_words(device)}: {1000 * seconds:.4g} ms a step{fit}")
+        print("medians: " + ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
         return
     chosen.out.mkdir(parents=True, exist_ok=True)
     print(f"{run.name}: {train(run, lambda: training(run, corpus, device), chosen.out, chosen.seconds, say)}")

@@ -87,6 +87,11 @@ class Curve:
         self._since = []
         return self.points[-1]
 
+    def medians(self, steps: int) -> dict[str, float]:
+        """Of what was added in the last ``steps`` steps since the last point."""
+        last = self._since[-steps:]
+        return {key: statistics.median(one[key] for one in last) for key in last[0]}
+
     def state_dict(self) -> dict[str, Any]:
         """All of it."""
         return {
@@ -228,13 +233,15 @@ def train(
     return "done"
 
 
-def probe(training: PreTraining, steps: int) -> float:
-    """Median seconds of a step, after as many to warm up. Closes the run."""
+def probe(training: PreTraining, steps: int) -> dict[str, float]:
+    """Medians of what the curve has of ``steps`` steps (``seconds``, and others), after as many to warm up. Closes the
+    run."""
     try:
-        seconds = [training.train_step() for _ in range(2 * steps)]
+        for _ in range(2 * steps):
+            training.train_step()
     finally:
         training.close()
-    return statistics.median(seconds[steps:])
+    return training.curve.medians(steps)
 
 
 def _document(run: Settings, training: PreTraining, status: str, error: str) -> dict[str, object]:

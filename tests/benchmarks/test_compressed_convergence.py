@@ -225,6 +225,17 @@ def test_variants_stand_apart(tmp_path: Path) -> None:
     assert found["onebit_adam,",] == ["bucket", "0", "0.001", "1/1", "3.1000", "-", "+0.1000", "?"]
 
 
+def test_a_probe_of_compressed_steps(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also beyond the end of a short schedule, so that few steps reach the signs."""
+    given = ["--data", corpus, "--out", tmp_path / "runs", *QUICK, "--steps", "4", "--probe", "4", "--freeze", "0.5"]
+    for arm in COMPRESSED:
+        assert call(command.main, monkeypatch, "--arm", arm, *given) == 0
+        assert ", update 0." in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+
+
 def test_freezing_where_the_variance_is_stable(run: Callable[..., Any]) -> None:
     """Not within 1 / (1 - beta2) steps."""
     assert run("onebit_adam", "--freeze", "auto")["frozen_at"] is None
