@@ -23,7 +23,7 @@ PROBABILITY = 0.15
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a model; those that are given here are BERT-base's. length: tokens of a sequence. The FFN is four times
-    as wide as the model."""
+    as wide as the model. init: deviation of the weights at the start."""
 
     layers: int = 12
     hidden: int = 768
@@ -31,6 +31,7 @@ class Shape:
     length: int = 128
     vocabulary: int = 30522
     dropout: float = 0.1
+    init: float = 0.02
 
     @property
     def asked(self) -> int:
@@ -85,6 +86,7 @@ def masked_lm(norm: Norm, shape: Shape, seed: int = 0) -> MaskedLM:
             max_position_embeddings=shape.length + 1,
             type_vocab_size=2,
             layer_norm_eps=1e-12,
+            initializer_range=shape.init,
             hidden_dropout_prob=shape.dropout,
             attention_probs_dropout_prob=shape.dropout,
             pad_token_id=0,

@@ -69,12 +69,6 @@ class Batch:
         self.trust_ratios.append(state["trust_ratio"])
         self.steps.append(float(state["step"]))
 
-    def show_weights(self) -> None:
-        """The parameters become the weights, rounded, where these are master copies."""
-        for param, weight in zip(self.params, self.weights, strict=True):
-            if weight is not param:
-                param.copy_(weight)
-
 
 def ensure_state(state: dict[str, Any], parameter: Tensor) -> None:
     """Adds what is missing of a parameter's state: nothing is moved or cast.

@@ -40,7 +40,7 @@ class ZeroOneAdam(CompressedOptimizer):
     Between two exchanges processes have weights of their own: call :meth:`meet` before saving or evaluating.
     """
 
-    shaped_state: ClassVar[tuple[str, ...]] = (*CompressedOptimizer.shaped_state, "update_sum")
+    shaped_state: ClassVar[tuple[str, ...]] = (*CompressedOptimizer.shaped_state, "met_weight")
 
     def __init__(
         self,
@@ -86,26 +86,18 @@ class ZeroOneAdam(CompressedOptimizer):
 
     @torch.no_grad()
     def meet(self) -> None:
-        """An exchange before its time. Behind it, and where processes are together already, weights and moments become
-        their mean: ways back and forth are rounded in each process for itself."""
-        if not self.frozen or self.collective.size == 1:
+        """An exchange before its time, where processes are not together."""
+        if self.together:
             return
         self._fill_gradients()
-        groups = enumerate(self.param_groups)
-        found = [(*each, i) for i, group in groups for each in self.batches(group, self.bucket_elements, counts=False)]
-        if not self.together:
-            self._meet(found)
-        for _, batch, _ in found:
-            self.collective.mean([*batch.weights, *batch.exp_avgs]).wait()
-            batch.show_weights()
+        limit = self.bucket_elements
+        each = [(i, self.batches(group, limit, counts=False)) for i, group in enumerate(self.param_groups)]
+        self._meet([(*batch, i) for i, batches in each for batch in batches])
 
     @torch.no_grad()
     def start_together(self) -> None:
         """What each process has gone alone counts no more."""
         self._alone, self._rates = 0, [0.0] * len(self.param_groups)
-        for state in self.state.values():
-            if "update_sum" in state:
-                state["update_sum"].zero_()
 
     def averages(self) -> bool:
         """Whether this step is one of the mean gradient."""
@@ -174,12 +166,12 @@ class ZeroOneAdam(CompressedOptimizer):
             rate = float(group["lr"])
             self._rates[index] += rate
             for arithmetic, batch in self.batches(group, self.bucket_elements):
+                if self._alone == 0:
+                    self._remember(batch)
                 for moment, grad in zip(batch.exp_avgs, arithmetic.gradients(batch, False), strict=True):
                     moment.lerp_(grad, 1 - group["betas"][0])
                 corrections = self.corrections(batch, group)
                 directions = arithmetic.directions(batch, corrections, group["eps"], group["weight_decay"])
-                for total, direction in zip(self._sums(batch), directions, strict=True):
-                    total.add_(direction, alpha=rate)
                 arithmetic.add_scaled(batch, directions, self.rates(batch, -rate))
                 batches.append((arithmetic, batch, index))
         self._alone += 1
@@ -196,20 +188,21 @@ class ZeroOneAdam(CompressedOptimizer):
         for arithmetic, batch, index in batches:
             group = self.param_groups[index]
             denominators = self._denominators(batch, group)
-            flat = torch.cat([(s * d).reshape(-1) for s, d in zip(self._sums(batch), denominators, strict=True)])
+            gone = [met - weight for met, weight in zip(self._met(batch), batch.weights, strict=True)]
+            flat = torch.cat([(u * d).reshape(-1) for u, d in zip(gone, denominators, strict=True)])
             bucket = self.send(arithmetic, batch, flat, len(under_way))
             under_way.append((bucket, denominators, index))
         for bucket, denominators, index in under_way:
             bucket.wait()
-            batch, sums = bucket.batch, self._sums(bucket.batch)
-            ways = []
+            batch = bucket.batch
             for i, part in enumerate(bucket.parts()):
                 part.mul_(batch.exp_avg_sqs[i] > 0)
                 torch.div(part, self._rates[index], out=batch.exp_avgs[i])
-                ways.append(sums[i] - part / denominators[i])  # back, and along the mean
-            bucket.arithmetic.add_scaled(batch, ways, self.rates(batch, 1.0))
-            for total in sums:
-                total.zero_()
+                part.div_(denominators[i])
+            # From the weights that all had: going back by steps would leave each process a rounding of its own.
+            for weight, met in zip(batch.weights, self._met(batch), strict=True):
+                weight.copy_(met)
+            bucket.arithmetic.add_scaled(batch, list(bucket.parts()), self.rates(batch, -1.0))
         self._alone, self._rates = 0, [0.0] * len(self.param_groups)
 
     def _denominators(self, batch: Batch, group: Mapping[str, Any]) -> list[Tensor]:
@@ -219,11 +212,13 @@ class ZeroOneAdam(CompressedOptimizer):
             for variance, (c1, c2) in zip(batch.exp_avg_sqs, corrections, strict=True)
         ]
 
-    def _sums(self, batch: Batch) -> list[Tensor]:
-        found = []
-        for parameter, moment in zip(batch.parameters, batch.exp_avgs, strict=True):
+    def _remember(self, batch: Batch) -> None:
+        """The weights at which all are together."""
+        for parameter, weight in zip(batch.parameters, batch.weights, strict=True):
             state = self.state[parameter]
-            if "update_sum" not in state:
-                state["update_sum"] = torch.zeros_like(moment)
-            found.append(state["update_sum"])
-        return found
+            if "met_weight" not in state:
+                state["met_weight"] = torch.empty_like(weight)
+            state["met_weight"].copy_(weight)
+
+    def _met(self, batch: Batch) -> list[Tensor]:
+        return [self.state[parameter]["met_weight"] for parameter in batch.parameters]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,3 +56,9 @@ def call(main: Callable[[], int], monkeypatch: pytest.MonkeyPatch, *arguments: s
 def read(path: Path) -> Any:
     """A JSON file."""
     return json.loads(path.read_text("utf-8"))
+
+
+def ticking() -> SimpleNamespace:
+    """A ``time`` whose monotonic clock counts how often it is asked."""
+    clock: Iterator[int] = itertools.count()
+    return SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)

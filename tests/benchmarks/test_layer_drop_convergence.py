@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import convergence_plot, convergence_run
+from benchmarks import convergence_loop, convergence_plot
 from benchmarks import layer_drop_convergence as command
 from benchmarks.convergence_data import load, prepare
+from benchmarks.convergence_loop import Curve
 from benchmarks.convergence_plot import best, crossing, groups, read
-from benchmarks.convergence_run import ARMS, Curve
+from benchmarks.convergence_run import ARMS
 from engine.training.layer_drop import Schedule, draw_gates
 from tests.benchmarks import small
-from tests.benchmarks.small import call, write_text
+from tests.benchmarks.small import call, ticking, write_text
 
 SIZES = ("--layers", "3", "--hidden", "16", "--heads", "2", "--length", "16", "--batch", "8", "--dropout", "0.1")
 STEPS = 24
@@ -70,7 +68,7 @@ def test_an_arm_from_end_to_end(arm: str, run: Callable[..., Any], corpus: Path,
     assert ("prelayernorm" in type(model).__name__.lower()) is arm.startswith("preln")
     assert PreTrainedTokenizerFast.from_pretrained(name).mask_token_id == 4
     held_out = load(corpus, 16).held_out
-    batch = held_out.batch(np.arange(len(held_out)), np.zeros(len(held_out), np.int64), convergence_run.HELD_OUT_SEED)
+    batch = held_out.batch(np.arange(len(held_out)), np.zeros(len(held_out), np.int64), convergence_loop.HELD_OUT_SEED)
     with torch.no_grad():
         expected = model(batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
     assert points[-1]["loss"] == pytest.approx(float(expected), rel=1e-5)
@@ -89,9 +87,9 @@ def test_layers_are_those_of_the_schedule(run: Callable[..., Any]) -> None:
 
 def test_arms_see_the_same_data(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
-    moved = convergence_run.Training._moved
+    moved = convergence_loop.PreTraining._moved
     monkeypatch.setattr(
-        convergence_run.Training, "_moved", lambda self, tensor: seen.append(tensor) or moved(self, tensor)
+        convergence_loop.PreTraining, "_moved", lambda self, tensor: seen.append(tensor) or moved(self, tensor)
     )
     run("postln")
     count = len(seen)
@@ -102,12 +100,6 @@ def test_arms_see_the_same_data(run: Callable[..., Any], monkeypatch: pytest.Mon
     assert not torch.equal(seen[0], seen[2 * count])
 
 
-def ticking() -> SimpleNamespace:
-    """A ``time`` whose monotonic clock counts how often it is asked."""
-    clock: Iterator[int] = itertools.count()
-    return SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
-
-
 def test_a_run_that_is_cut_goes_on_as_if_it_was_not(
     run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,14 +108,14 @@ def test_a_run_that_is_cut_goes_on_as_if_it_was_not(
         path.unlink()
     statuses = []
     while not statuses or statuses[-1] != "done":
-        monkeypatch.setattr(convergence_run, "time", ticking())
+        monkeypatch.setattr(convergence_loop, "time", ticking())
         found = run("preln_pld", "--seconds", "9")  # of a clock that counts steps
         statuses.append(found["status"])
         assert len(list((tmp_path / "runs").glob("*.checkpoints"))) == (statuses[-1] == "cut")
     assert statuses == ["cut", "cut", "done"]
     figures = ("step", "samples", "loss", "train_loss", "layers")
     assert [[p[key] for key in figures] for p in found["points"]] == [[p[key] for key in figures] for p in whole]
-    monkeypatch.setattr(convergence_run, "Training", None)
+    monkeypatch.setattr(command, "Training", None)
     assert run("preln_pld")["status"] == "done", "not trained again"
 
 
@@ -152,7 +144,7 @@ def test_a_probe_writes_nothing(
 def test_a_curve_counts_what_held_it_up_apart() -> None:
     curve = Curve()
     for seconds in (9.0, 1.0, 1.0, 2.0):
-        curve.add(seconds, 5.0, 2.0)
+        curve.add(seconds, 5.0, layers=2.0)
     point = curve.point(4, 40, 3.0)
     assert point == {"step": 4, "samples": 40, "seconds": 8.5, "loss": 3.0, "train_loss": 5.0, "layers": 2.0}
     assert curve.held_up == 4.5

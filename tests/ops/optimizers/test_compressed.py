@@ -150,6 +150,28 @@ def test_the_equations_of_0_1_adam(ranks: int, freeze: int, signs: bool) -> None
         np.testing.assert_allclose(flat, wanted, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_0_1_adam_s_processes_meet_at_the_same_weights(dtype: torch.dtype) -> None:
+    """To the last bit, however they got there, and are apart in between."""
+    grads = gradients(40, 3)
+
+    def run(collective: GradientCollective) -> list[tuple[bool, Tensor]]:
+        weights = [nn.Parameter(weight.to(dtype)) for weight in started()]
+        options = {"var_freeze_step": 5, "local_step_scaler": 4, "local_step_clipper": 4, "weight_decay": 0.1}
+        optimizer = ZeroOneAdam(weights, 0.01, collective=collective, **options)  # type: ignore[arg-type]
+        found = []
+        for step in grads:
+            for weight, grad in zip(weights, step[collective.rank], strict=True):
+                weight.grad = grad.to(dtype)
+            optimizer.step()
+            state = [optimizer.state[weight].get("master_weight", weight) for weight in weights]
+            found.append((optimizer.together, torch.cat([one.detach().reshape(-1).clone() for one in state])))
+        return found
+
+    for (whole, first), *others in zip(*together(3, run), strict=True):
+        assert all(torch.equal(first, other) is whole is same for same, other in others)
+
+
 def bounds_of(ranks: int) -> list[int]:
     """Of the ranks' chunks of all parameters."""
     chunk = chunk_of(COUNT, ranks)
