@@ -266,24 +266,24 @@ def test_to_one_process_and_from_one(kind: str, home: Path, resumed: dict[str, l
 def test_a_killed_run_is_the_run_that_never_stopped(tmp_path: Path) -> None:
     """kill -9 in the midst of 0/1 Adam's steps alone, then the same command: all losses and figures are the same."""
     prepared(tmp_path)
-    given = document(tmp_path, max_steps=20, checkpoint_every=3, evaluate_every=4)
+    given = document(tmp_path, max_steps=40, checkpoint_every=3, evaluate_every=4)
     given["optimizer"] = {"type": "ZeroOneAdam", "lr": 0.01, **KINDS["ZeroOneAdam"]}
     (tmp_path / "train.json").write_text(json.dumps(given), encoding="utf-8")
-    whole = start(tmp_path, "-m", "engine", "run", "train.json", "--set", f"training.output={tmp_path / 'whole'}")
     run = start(tmp_path, "-m", "engine", "run", "train.json")
-    wait_for(partial(has_steps, tmp_path / "run" / "metrics.jsonl", 10))
+    wait_for(partial(has_steps, tmp_path / "run" / "metrics.jsonl", 10), 180)
     (worker,) = worker_pids(run.pid)
     os.kill(run.pid, signal.SIGKILL)
     run.communicate(timeout=60)
     wait_for(partial(is_gone, worker), 10)
     last = start(tmp_path, "-m", "engine", "run", "train.json")
+    whole = start(tmp_path, "-m", "engine", "run", "train.json", "--set", f"training.output={tmp_path / 'whole'}")
     for each in (last, whole):
         _, err = each.communicate(timeout=200)
         assert each.returncode == 0, err
     found, wanted = (
         {(line["step"], "loss" in line): line for line in lines(tmp_path / name)} for name in ("run", "whole")
     )
-    assert len(wanted) == 20 + 5
+    assert len(wanted) == 40 + 10
     assert found == wanted
 
 
