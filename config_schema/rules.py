@@ -220,6 +220,28 @@ def _compressed_gradients_stay_apart(config: Config) -> list[Problem]:
     return problems
 
 
+def _gradients_are_exchanged_so(config: Config) -> list[Problem]:
+    """What does not go through DistributedDataParallel has no hook for another exchange."""
+    training, optimizer, drop = config.training, config.optimizer, config.progressive_layer_drop
+    if training is None:
+        return []
+    how, problems, reasons = training.gradient_exchange, [], []
+    if training.power_sgd is not None and how != "PowerSGD":
+        reason = f'has no effect with $.training.gradient_exchange "{how}": set that to "PowerSGD", or remove this'
+        problems.append(Problem("$.training.power_sgd", reason))
+    if how == "full":
+        return problems
+    if isinstance(optimizer, Compressed):
+        reasons.append(f'"{optimizer.type}" exchanges momenta by itself: leave this out, or choose AdamW or LAMB')
+    if drop is not None and drop.enabled:
+        reasons.append("with $.progressive_layer_drop gradients travel in full: leave one of the two out")
+    if training.data_parallel == "shard":
+        reasons.append('with $.training.data_parallel "shard" gradients travel in full: make that "replicate"')
+    if how == "PowerSGD" and config.precision == "fp16":
+        reasons.append('PowerSGD would carry overflows of "fp16" on: set $.precision to "bf16" or "fp32"')
+    return problems + [Problem("$.training.gradient_exchange", reason) for reason in reasons]
+
+
 RULES = (
     Rule(frozenset({"job", "model"}), _job_fits_task),
     Rule(frozenset({"job", "generation", "inference"}), _new_tokens_fit_budget),
@@ -242,6 +264,7 @@ RULES = (
     Rule(frozenset({"schedule"}), _the_schedule_ends),
     Rule(frozenset({"optimizer"}), _bounds_have_room),
     Rule(frozenset({"optimizer", "training"}), _compressed_gradients_stay_apart),
+    Rule(frozenset({"optimizer", "training", "progressive_layer_drop", "precision"}), _gradients_are_exchanged_so),
 )
 
 _TASK_OF_JOB: Mapping[str, str] = {

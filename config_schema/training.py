@@ -22,6 +22,17 @@ class LossScale(Section):
     """Steps without an overflow after which the scale is doubled; an overflow halves it, and the step is skipped."""
 
 
+class PowerSGD(Section):
+    """Gradients of matrices travel as products of two thin ones (arXiv 1905.13727), and what these miss is carried to
+    the next step."""
+
+    rank: Count = 1
+    """Columns of the thin matrices: more are nearer to the gradient, and more bytes."""
+
+    start_step: Annotated[int, Field(ge=2, le=2**31 - 1)] = 1000
+    """Steps before it, in which gradients travel in full."""
+
+
 class Training(Section):
     """The training loop: batch sizes, length, what is written where."""
 
@@ -58,6 +69,13 @@ class Training(Section):
 
     data_parallel: Literal["auto", "replicate", "shard"] = "auto"
     """With several processes: a copy of the model each, or a part of each weight (FSDP2)."""
+
+    gradient_exchange: Literal["full", "bf16", "PowerSGD"] = "full"
+    """With copies of the model: how their gradients travel. "bf16" rounds them to half the bytes of fp32, "PowerSGD"
+    sends matrices of low rank."""
+
+    power_sgd: PowerSGD | None = Field(default=None, title="PowerSGD")
+    """For gradient_exchange PowerSGD; its defaults where it is missing."""
 
     loss_scale: LossScale | None = Field(default=None, title="Loss Scale")
     """For precision fp16; its defaults where it is missing."""

@@ -15,12 +15,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from config_schema import Config
 from config_schema.optimizer import AdamW, Compressed
+from config_schema.training import PowerSGD
 from engine.build import Resolver, device_of, reasons, resolved
 from engine.errors import EngineError
 from engine.training.batch_size import resolve_batch_sizes
 from engine.training.block_stack import find_stack
 from engine.training.datasets import data_task
 from engine.training.feature import Feature
+from engine.training.gradient_exchange import Exchange
 from engine.training.layer_drop import LayerDrop
 from engine.training.loop import Loop, LossFunction
 from engine.training.model import model_task, outputs_of
@@ -128,6 +130,12 @@ class TrainingPlan:
 
     # ---- parts ----
 
+    @property
+    def _exchange(self) -> Exchange:
+        """How copies' gradients travel."""
+        how = self.settings.gradient_exchange
+        return (self.settings.power_sgd or PowerSGD()) if how == "PowerSGD" else how
+
     def data_parallel(self, model: nn.Module) -> Literal["replicate", "shard"]:
         """A copy of the model in each process, or a part of each weight."""
         wanted = self.settings.data_parallel
@@ -135,13 +143,26 @@ class TrainingPlan:
             raise EngineError(
                 '$.training.data_parallel: "shard" needs several processes: set $.training.processes, or use torchrun'
             )
+        if self.settings.gradient_exchange != "full" and self.world == 1 and self.ranks.alone:
+            raise EngineError(
+                "$.training.gradient_exchange: one process exchanges nothing: leave it out, set $.training.processes, "
+                "or use torchrun"
+            )
+        if self.settings.gradient_exchange == "PowerSGD" and self.mode == "fp16":
+            raise EngineError(
+                '$.precision: "auto" is fp16 here, whose overflows PowerSGD would carry on: make it "fp32"'
+            )
         if wanted != "auto":
             return wanted
         path, reason = "$.training.data_parallel", "there is one process"
         if self.world > 1 or not self.ranks.alone:
+            whole = None
             if isinstance(self.optimizer, Compressed):
-                reason = f"{self.optimizer.type} exchanges whole weights' momenta"
-                return cast(Literal["replicate"], self._once(path, "replicate", reason))
+                whole = f"{self.optimizer.type} exchanges whole weights' momenta"
+            elif self.settings.gradient_exchange != "full":
+                whole = "gradient_exchange is for copies"
+            if whole is not None:
+                return cast(Literal["replicate"], self._once(path, "replicate", whole))
             need = BYTES * sum(parameter.numel() for parameter in model.parameters())
             have = torch.cuda.mem_get_info(self.device)[1] if self.device.type == "cuda" else None
             reason = f"weights, gradients and moments take {need / 1e9:.3g} GB a process"
@@ -204,7 +225,7 @@ class TrainingPlan:
             options["collective"] = TorchCollective() if self.ranks.size > 1 else SingleProcess()
             options["max_grad_norm"], clip_norm = clip_norm or chosen.max_grad_norm, None
         else:
-            module, exchange = spread(model, how, drop is not None, self.device)
+            module, exchange = spread(model, how, drop is not None, self.device, self._exchange)
         optimizer = build_optimizer(model, chosen.type, options, decay_all=chosen.decay_all)
         optimizer.register_step_post_hook(updated)
         called = cast(nn.Module, torch.compile(module)) if settings.compile else module

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from engine.errors import EngineError
 from engine.training.block_stack import find_stack
 from engine.training.feature import Feature, Progress
+from engine.training.gradient_exchange import Exchange, exchange_by
 from engine.training.ranks import ranks
 from engine.training.workers import live
 from ops.compression.collective import all_finite
@@ -143,10 +144,15 @@ class Overlapped(Feature):
 
 
 def spread(
-    model: nn.Module, how: Literal["replicate", "shard"], layer_drop: bool, device: torch.device
+    model: nn.Module,
+    how: Literal["replicate", "shard"],
+    layer_drop: bool,
+    device: torch.device,
+    exchange: Exchange = "full",
 ) -> tuple[nn.Module, tuple[Feature, ...]]:
     """What to call for a forward pass, and the features that exchange gradients; the model itself for one process.
 
+    ``exchange`` says how copies' gradients travel; the other two know one way alone.
     "shard" changes the model's parameters (``fully_shard``, over each block of its stack and the rest).
     """
     if not dist.is_available() or not dist.is_initialized():
@@ -154,7 +160,7 @@ def spread(
     assert_alike(model)
     if how == "replicate" and not layer_drop:
         wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-        return wrapped, (Overlapped(wrapped),)
+        return wrapped, (Overlapped(wrapped), *exchange_by(wrapped, exchange))
     share(model)  # as the wrapper above does
     if how == "shard":
         for block in find_stack(model).blocks:

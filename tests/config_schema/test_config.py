@@ -150,6 +150,38 @@ BROKEN: dict[str, tuple[dict[str, object], list[str]]] = {
             "$.optimizer.max_grad_norm: 0.5 contradicts $.training.clip_norm, which is 1.0: give one of them",
         ],
     ),
+    "an exchange that nothing goes through": (
+        with_model(
+            precision="fp16",
+            training={
+                "micro_batch_size": 1,
+                "data_parallel": "shard",
+                "gradient_exchange": "PowerSGD",
+            },
+            optimizer={"type": "LAMB"},
+            progressive_layer_drop={},
+        ),
+        [
+            f"$.training.gradient_exchange: {reason}"
+            for reason in (
+                "with $.progressive_layer_drop gradients travel in full: leave one of the two out",
+                'with $.training.data_parallel "shard" gradients travel in full: make that "replicate"',
+                'PowerSGD would carry overflows of "fp16" on: set $.precision to "bf16" or "fp32"',
+            )
+        ],
+    ),
+    "an exchange beside another one": (
+        with_model(
+            training={"micro_batch_size": 1, "gradient_exchange": "bf16", "power_sgd": {}},
+            optimizer={"type": "OneBitAdam"},
+        ),
+        [
+            '$.training.power_sgd: has no effect with $.training.gradient_exchange "bf16": set that to "PowerSGD", or '
+            "remove this",
+            '$.training.gradient_exchange: "OneBitAdam" exchanges momenta by itself: leave this out, or choose AdamW '
+            "or LAMB",
+        ],
+    ),
     "data of another task": (
         {
             "model": {"path": "m", "task": "causal_lm"},
@@ -202,6 +234,15 @@ FINE: dict[str, dict[str, object]] = {
     ),
     "a norm of the optimizer's": with_model(
         training={"micro_batch_size": 2}, optimizer={"type": "ZeroOneAdam", "max_grad_norm": 0.5}
+    ),
+    "gradients in bf16": with_model(
+        precision="fp16",
+        training={"micro_batch_size": 2, "gradient_exchange": "bf16"},
+        progressive_layer_drop={"enabled": False},
+    ),
+    "gradients by low rank": with_model(
+        precision="bf16",
+        training={"micro_batch_size": 2, "gradient_exchange": "PowerSGD", "power_sgd": {"start_step": 2}},
     ),
     "output elsewhere": with_model(job={"type": "encode", "texts_file": "a.txt", "output": "b.jsonl"}),
 }

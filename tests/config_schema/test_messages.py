@@ -30,6 +30,12 @@ def with_job(**job: object) -> dict[str, object]:
     return with_model(job=job)
 
 
+TRAINING_KEYS = (
+    "train_batch_size, micro_batch_size, accumulation_steps, max_steps, epochs, clip_norm, seed, "
+    "activation_checkpointing, compile, processes, data_parallel, gradient_exchange, power_sgd, loss_scale, output, "
+    "checkpoint_every, keep_checkpoints, resume, evaluate_every, log_every, tensorboard"
+)
+
 GOLDEN: dict[str, tuple[object, list[str]]] = {
     "unknown key": (
         {"model": {"path": "m", "taks": "auto"}},
@@ -46,14 +52,8 @@ GOLDEN: dict[str, tuple[object, list[str]]] = {
     "keys of training": (
         with_model(training={"micro_batch_sise": 4, "acumulation_steps": 2, "loss_scale": {"inital": 2.0}}),
         [
-            '$.training.micro_batch_sise: unknown key, did you mean "micro_batch_size"? (allowed: train_batch_size, '
-            "micro_batch_size, accumulation_steps, max_steps, epochs, clip_norm, seed, activation_checkpointing, "
-            "compile, processes, data_parallel, loss_scale, output, checkpoint_every, keep_checkpoints, resume, "
-            "evaluate_every, log_every, tensorboard)",
-            '$.training.acumulation_steps: unknown key, did you mean "accumulation_steps"? (allowed: '
-            "train_batch_size, micro_batch_size, accumulation_steps, max_steps, epochs, clip_norm, seed, "
-            "activation_checkpointing, compile, processes, data_parallel, loss_scale, output, checkpoint_every, "
-            "keep_checkpoints, resume, evaluate_every, log_every, tensorboard)",
+            f'$.training.micro_batch_sise: unknown key, did you mean "micro_batch_size"? (allowed: {TRAINING_KEYS})',
+            f'$.training.acumulation_steps: unknown key, did you mean "accumulation_steps"? (allowed: {TRAINING_KEYS})',
             '$.training.loss_scale.inital: unknown key, did you mean "initial"? (allowed: initial, growth_interval)',
         ],
     ),
@@ -93,6 +93,14 @@ GOLDEN: dict[str, tuple[object, list[str]]] = {
             "bias_correction)"
             for key, meant in (("freeze_step", "var_freeze_step"), ("local_step_cliper", "local_step_clipper"))
         ],
+    ),
+    "an exchange that is not there": (
+        with_model(training={"micro_batch_size": 4, "gradient_exchange": "fp8"}),
+        ['$.training.gradient_exchange: got "fp8", wanted one of "full", "bf16", "PowerSGD"'],
+    ),
+    "an exchange with a misspelt key": (
+        with_model(training={"micro_batch_size": 4, "gradient_exchange": "PowerSGD", "power_sgd": {"rnk": 2}}),
+        ['$.training.power_sgd.rnk: unknown key, did you mean "rank"? (allowed: rank, start_step)'],
     ),
     "a warm-up that is no number": (
         with_model(training={"micro_batch_size": 4}, optimizer={"type": "OneBitAdam", "freeze_step": 0}),

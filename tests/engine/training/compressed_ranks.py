@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Callable
@@ -217,9 +218,53 @@ def resume(home: Path, of: int) -> dict[str, Any]:
     return found
 
 
+def exchanges(home: Path) -> dict[str, Any]:
+    """Gradients that travel in bf16, by low rank, and in full: each step's, of a weight and a bias, and losses."""
+    found: dict[str, Any] = {}
+    hows = {"full": "full", "bf16": "bf16", "low rank": "PowerSGD", "again": "full"}
+    for name, how in hows.items():
+        training: dict[str, Any] = {"gradient_exchange": how, "clip_norm": None}
+        if how == "PowerSGD":
+            training["power_sgd"] = {"start_step": 3}
+        engine = engine_of("AdamW", training=training)
+        losses, kept = [], []
+        for step in range(6):
+            losses.append(train(engine, step, step + 1)[0].loss)
+            inner = engine.model.blocks[1].inner
+            kept.append((inner.weight.grad.clone(), inner.bias.grad.clone()))
+        if name == "low rank":
+            engine.save_checkpoint(home / "low_rank")
+            with LogCapture() as said:
+                again = engine_of("AdamW", training=training)
+                again.load_checkpoint(home / "low_rank")
+                train(again, 6, 8)
+            found["said"] = said.lines
+        torch.save(kept, home / f"exchange-{name}-{dist.get_rank()}.pt")
+        found[name] = {"losses": losses, "alike": alike(weights(engine.model))}
+    return found
+
+
+class LogCapture(logging.Handler):
+    """What training says."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    def __enter__(self) -> LogCapture:
+        logging.getLogger("slipstream.training").addHandler(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        logging.getLogger("slipstream.training").removeHandler(self)
+
+
 CASES: dict[str, Callable[..., dict[str, Any]]] = {
     "steps": steps, "warm_up": warm_up, "features": features, "overflows": overflows, "faults": faults,
-    "others": others, "save": save,
+    "others": others, "exchanges": exchanges, "save": save,
 }  # fmt: skip
 
 

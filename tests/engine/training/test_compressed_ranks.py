@@ -151,6 +151,53 @@ def test_models_that_differ_are_told_with_the_rank(found: list[Any]) -> None:
     assert float(said[0]["loss"]) == pytest.approx(sum(losses) / 2, rel=1e-5), "the weights of the first process"
 
 
+# ---- other exchanges of gradients ----
+
+
+def test_gradients_travel_in_bf16(home: Path, found: list[Any]) -> None:
+    """The first step's are the sum of both processes' halves, each rounded."""
+    weight, bias = torch.load(home / "exchange-bf16-1.pt")[0]
+    halves = []
+    for rank in range(2):
+        model = Stack()
+        for x in batch(0, rank)["x"].split(ROWS):
+            (model(x).square().mean() / 2).backward()
+        inner = model.blocks[1].inner
+        halves.append([parameter.grad.bfloat16() / 2 for parameter in (inner.weight, inner.bias)])
+    for mine, one, other in zip((weight, bias), *halves, strict=True):
+        assert torch.equal(mine, (one + other).float())
+    said = found[0]["exchanges"]
+    assert said["bf16"]["alike"]
+    assert said["bf16"]["losses"] != said["full"]["losses"]
+    assert said["bf16"]["losses"] == pytest.approx(said["full"]["losses"], rel=1e-2)
+    assert said["again"] == said["full"], "a run leaves nothing behind"
+
+
+def test_gradients_travel_by_low_rank(home: Path, found: list[Any]) -> None:
+    """From its start on: the mean gradient's part along one direction. Biases travel in full."""
+    full, low = (torch.load(home / f"exchange-{name}-0.pt") for name in ("full", "low rank"))
+    for step in range(3):
+        assert torch.equal(full[step][0], low[step][0])
+    (whole, bias), (part, its_bias) = full[3], low[3]  # on the same weights: what is missed comes after this step
+    assert torch.equal(bias, its_bias)
+    assert torch.linalg.matrix_rank(whole, rtol=1e-4) > 1
+    assert torch.linalg.matrix_rank(part, rtol=1e-4) == 1
+    direction = torch.linalg.svd(part)[0][:, :1]
+    torch.testing.assert_close(part, direction @ direction.T @ whole, rtol=1e-4, atol=1e-6)
+    for each in found:
+        assert each["exchanges"]["low rank"]["alike"]
+        assert each["exchanges"]["said"] == [
+            "PowerSGD begins anew at step 6: gradients travel in full for 3 steps, and what low rank has missed so far "
+            "is not made up for"
+        ]
+
+
+def test_one_process_exchanges_nothing() -> None:
+    for how in ("bf16", "PowerSGD"):
+        with pytest.raises(EngineError, match=r"\$.training.gradient_exchange: one process exchanges nothing: leave"):
+            engine_of("AdamW", training={"gradient_exchange": how}).train_batch(batch(0, 0))
+
+
 # ---- checkpoints ----
 
 
@@ -219,24 +266,24 @@ def test_to_one_process_and_from_one(kind: str, home: Path, resumed: dict[str, l
 def test_a_killed_run_is_the_run_that_never_stopped(tmp_path: Path) -> None:
     """kill -9 in the midst of 0/1 Adam's steps alone, then the same command: all losses and figures are the same."""
     prepared(tmp_path)
-    given = document(tmp_path, max_steps=20, checkpoint_every=3, evaluate_every=4)
+    given = document(tmp_path, max_steps=40, checkpoint_every=3, evaluate_every=4)
     given["optimizer"] = {"type": "ZeroOneAdam", "lr": 0.01, **KINDS["ZeroOneAdam"]}
     (tmp_path / "train.json").write_text(json.dumps(given), encoding="utf-8")
-    whole = start(tmp_path, "-m", "engine", "run", "train.json", "--set", f"training.output={tmp_path / 'whole'}")
     run = start(tmp_path, "-m", "engine", "run", "train.json")
-    wait_for(partial(has_steps, tmp_path / "run" / "metrics.jsonl", 10))
+    wait_for(partial(has_steps, tmp_path / "run" / "metrics.jsonl", 10), 180)
     (worker,) = worker_pids(run.pid)
     os.kill(run.pid, signal.SIGKILL)
     run.communicate(timeout=60)
     wait_for(partial(is_gone, worker), 10)
     last = start(tmp_path, "-m", "engine", "run", "train.json")
+    whole = start(tmp_path, "-m", "engine", "run", "train.json", "--set", f"training.output={tmp_path / 'whole'}")
     for each in (last, whole):
         _, err = each.communicate(timeout=200)
         assert each.returncode == 0, err
     found, wanted = (
         {(line["step"], "loss" in line): line for line in lines(tmp_path / name)} for name in ("run", "whole")
     )
-    assert len(wanted) == 20 + 5
+    assert len(wanted) == 40 + 10
     assert found == wanted
 
 
