@@ -229,7 +229,21 @@ def test_a_probe_of_compressed_steps(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also beyond the end of a short schedule, so that few steps reach the signs."""
-    given = ["--data", corpus, "--out", tmp_path / "runs", *QUICK, "--steps", "4", "--probe", "4", "--freeze", "0.5"]
+    given = [
+        "--data",
+        corpus,
+        "--out",
+        tmp_path / "runs",
+        *QUICK,
+        "--steps",
+        "4",
+        "--probe",
+        "4",
+        "--freeze",
+        "0.5",
+        "--bucket",
+        "0",
+    ]
     for arm in COMPRESSED:
         assert call(command.main, monkeypatch, "--arm", arm, *given) == 0
         assert ", update 0." in capsys.readouterr().out
