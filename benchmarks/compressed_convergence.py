@@ -12,8 +12,9 @@ exchange through ops.compression.SimulatedCollective: the bits are those of as m
 batches, masks and dropout (by seed), weight decay 0.01, clipping to 1, warm-up of the rate, then a straight line to 0.
 The variance stands behind --freeze of the steps, which should lie where the loss falls: on the plateau before, some
 weights have next to no gradient, and signs move all alike. All signs of an exchange have one size; --bucket 0 exchanges
-each parameter apart. 0/1 Adam has DeepSpeed's intervals for BERT, scaled to the length of the run. At every evaluation
-the weights of all ranks must be the same to the last bit, or the run ends.
+each parameter apart, and so spares a key's bias, whose gradient is nothing but rounding, steps of the others' size. 0/1
+Adam has DeepSpeed's intervals for BERT, scaled to the length of the run. At every evaluation the weights of all ranks
+must be the same to the last bit, or the run ends.
 
 One document of 50 is held out. Give each arm three --seed, and the baseline and its arm the same --lr: --plot takes the
 difference of their last losses, and the baseline's deviation between seeds. Larger batches: --batch and --steps.

@@ -28,8 +28,8 @@ MEGABYTE = 1e6
 
 @dataclass(frozen=True)
 class Record:
-    """A run's file: see ``convergence_loop`` and ``convergence_ranks``. label: the arm, and in what its options are
-    not the benchmark's defaults."""
+    """A run's file: see ``convergence_loop`` and ``convergence_ranks``. label: the arm, and which options are not
+    the benchmark's defaults, by their first letters."""
 
     arm: str
     label: str
@@ -71,7 +71,8 @@ def read(directory: Path) -> Groups:
         found = json.loads(path.read_text("utf-8"))
         run = found.get("run") if isinstance(found, dict) else None
         if isinstance(run, dict) and run.get("arm") in ARMS:
-            given = {name: run[name] for name in names} | {"label": ", ".join([run["arm"], *variant(run)])}
+            options = [name[0] + value for name, value in map(str.split, variant(run))]
+            given = {name: run[name] for name in names} | {"label": " ".join([run["arm"], *options])}
             records.append(Record(**given, status=found["status"], device=found["device"], points=found["points"]))
     if not records:
         raise SlipstreamError(f"--plot {directory}: holds no run of {', '.join(ARMS)}")
@@ -163,7 +164,8 @@ def summary(directory: Path) -> str:
             "what a rank sends in the run; a step, and its update with the exchange",
             cost_table(own),
         ]
-    return "\n\n".join(part for part in [*parts, *unfinished(groups), _devices(groups)] if part)
+    letters = "f, b: --freeze and --bucket, where they are not the defaults"
+    return "\n\n".join(part for part in [*parts, *unfinished(groups), letters, _devices(groups)] if part)
 
 
 def draw(groups: Groups, path: Path) -> None:

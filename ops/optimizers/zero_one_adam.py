@@ -197,7 +197,8 @@ class ZeroOneAdam(CompressedOptimizer):
             batch = bucket.batch
             for i, part in enumerate(bucket.parts()):
                 part.mul_(batch.exp_avg_sqs[i] > 0)
-                torch.div(part, self._rates[index], out=batch.exp_avgs[i])
+                if self._rates[index]:  # at rate 0 nothing was gone, which says nothing of the momentum
+                    torch.div(part, self._rates[index], out=batch.exp_avgs[i])
                 part.div_(denominators[i])
             # From the weights that all had: going back by steps would leave each process a rounding of its own.
             for weight, met in zip(batch.weights, self._met(batch), strict=True):

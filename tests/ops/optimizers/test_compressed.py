@@ -172,6 +172,20 @@ def test_0_1_adam_s_processes_meet_at_the_same_weights(dtype: torch.dtype) -> No
         assert all(torch.equal(first, other) is whole is same for same, other in others)
 
 
+def test_a_rate_of_zero_leaves_0_1_adam_s_numbers_finite() -> None:
+    """As at the end of a schedule: momentum and weights stay numbers, and go on once there is a rate again."""
+    optimizer, weight = small("zero_one")
+    make_steps(optimizer, weight, 4)
+    assert optimizer.frozen
+    optimizer.param_groups[0]["lr"] = 0.0
+    make_steps(optimizer, weight, 3, seed=1)
+    before = weight.detach().clone()
+    optimizer.param_groups[0]["lr"] = 0.01
+    make_steps(optimizer, weight, 1, seed=2)
+    assert weight.isfinite().all()
+    assert not torch.equal(weight, before)
+
+
 def bounds_of(ranks: int) -> list[int]:
     """Of the ranks' chunks of all parameters."""
     chunk = chunk_of(COUNT, ranks)
