@@ -1,10 +1,10 @@
-"""DeepSpeed's 1-bit optimizers, for the benchmarks that stand ours beside them. 0.19.6 is its last release that has them.
+"""DeepSpeed's 1-bit optimizers, for the benchmarks that stand ours beside them. 0.19.6 is the last release with them.
 
 On GPUs they run as they are: its engine, NCCL, CuPy. None of its four backends runs on a CPU ("nccl" and "mpi" need
 CuPy and a GPU, "hccl" another accelerator, "compressed" a packing op that its CPU build lacks). There "nccl" runs over
 Gloo with two stand-ins, neither of which does arithmetic of the optimizer: a module ``cupy`` that gives numpy's
-``packbits``, ``unpackbits``, ``split`` and ``zeros`` on the same memory, and an ``all_gather`` that takes its 0-dim scale
-as one element, because Gloo, unlike NCCL, compares shapes.
+``packbits``, ``unpackbits``, ``split`` and ``zeros`` on the same memory, and an ``all_gather`` that takes its 0-dim
+scale as one element, because Gloo compares shapes.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def missing(device: str) -> str | None:
         found = "not importable"
     if found != VERSION:
         return (
-            f"deepspeed is {found}: install deepspeed=={VERSION}, the last one with 1-bit optimizers, beside slipstream "
-            f"in an environment of its own (DS_BUILD_OPS=0 pip install deepspeed=={VERSION})"
+            f"deepspeed is {found}: install deepspeed=={VERSION}, the last one with 1-bit optimizers, in an environment "
+            f"of its own beside torch, pydantic and tabulate (DS_BUILD_OPS=0 pip install deepspeed=={VERSION})"
         )
     if device == "cuda" and util.find_spec("cupy") is None:
         return "cupy is not importable, and DeepSpeed packs signs with it on a GPU: pip install cupy-cuda13x (or 12x)"
@@ -104,7 +104,7 @@ class Trainer:
             "steps_per_print": 1 << 30,
             "gradient_clipping": 0.0,  # 1.0 where nothing is said
             "optimizer": {"type": kind, "params": chosen},
-            # 0 is a scale that changes, without which it takes no LAMB; it begins at 2^0 and stays there for 1,000 steps.
+            # 0 is a scale that changes, without which it takes no LAMB: it begins at 2^0 and stays for 1,000 steps.
             "fp16": {"enabled": half, "loss_scale": 0, "initial_scale_power": 0},
         }
         self.engine, *_ = deepspeed.initialize(config=config, model=model, model_parameters=model.parameters())
@@ -117,8 +117,8 @@ class Trainer:
         return self.engine.module  # type: ignore[no-any-return]
 
     def begin(self, x: Tensor, y: Tensor) -> None:
-        """Its first ``step()`` only makes state and moves nothing (in fp16 its engine has made it already). That call is
-        not to count as a step of its schedules."""
+        """Its first ``step()`` only makes state and moves nothing (in fp16 its engine has made it already). That call
+        is not to count as a step of its schedules."""
         if not self._optimizer.initialize:
             self.step(x, y)
         for state in self._optimizer.state.values():
