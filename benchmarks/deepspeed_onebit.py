@@ -34,7 +34,7 @@ def missing(device: str) -> str | None:
         found = "not importable"
     if found != VERSION:
         return (
-            f"deepspeed is {found}: install deepspeed=={VERSION}, the last one with 1-bit optimizers, in an environment "
+            f"deepspeed is {found}: install deepspeed=={VERSION}, the last with 1-bit optimizers, in an environment "
             f"of its own beside torch, pydantic and tabulate (DS_BUILD_OPS=0 pip install deepspeed=={VERSION})"
         )
     if device == "cuda" and util.find_spec("cupy") is None:
