@@ -202,7 +202,7 @@ def compared(
     """One row of losses [seeds][steps + 1]. The first ``warmup + 1`` are of steps with exact means."""
     a, b = torch.tensor(ours, dtype=torch.float64), torch.tensor(theirs, dtype=torch.float64)
     apart = (a - b).abs()
-    far = (apart > near).any(0).nonzero()
+    far = (~(apart <= near)).any(0).nonzero()  # NaN is far as well
     means = (a.mean(0) - b.mean(0))[warmup + 1 :]
     between = b.std(0)[warmup + 1 :]
     return {
@@ -230,6 +230,8 @@ def main() -> int:
         options.exit(2, f"error: {lacking}\n")
     if given.device == "cuda" and torch.cuda.device_count() < RANKS:
         options.exit(2, f"error: {torch.cuda.device_count()} GPUs, wanted {RANKS}: use --device cpu\n")
+    if given.seeds < 2 or given.warmup % 4 or not 4 <= given.warmup < given.steps:
+        options.exit(2, "error: use 2 --seeds or more, and a --warmup that is a multiple of 4 and less than --steps\n")
     with tempfile.TemporaryDirectory() as folder:
         plan = Plan(
             given.device, given.dtype, given.steps, given.warmup, given.seeds, f"{folder}/store", f"{folder}/losses"
