@@ -66,8 +66,10 @@ def steps(home: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for kind in KINDS:
         engine = engine_of(kind)
-        reports = train(engine, 0, STEPS)
-        apart = not alike(weights(engine.model))
+        reports, apart = [], []
+        for step in range(STEPS):
+            reports += train(engine, step, step + 1)
+            apart.append(not alike(weights(engine.model)))
         torch.save([report.loss for report in reports], home / f"losses-{kind}-{dist.get_rank()}.pt")
         torch.save(weights(engine.model), home / f"{kind}-{dist.get_rank()}.pt")
         found[kind] = {"apart": apart, "norms": [report.grad_norm for report in reports]}
