@@ -202,7 +202,7 @@ class RanksTraining(PreTraining):
         for rank, loop in enumerate(self.loops):
             found |= {
                 f"model{rank}": loop.progress.model,
-                f"optimizer{rank}": loop.progress.optimizer,
+                f"optimizer{rank}": _Whole(loop.progress.optimizer),
                 f"loop{rank}": loop,
             }
         return {**found, "sent": _Counts(self.sent)}
@@ -265,6 +265,20 @@ class RanksTraining(PreTraining):
         """Ends the background threads."""
         super().close()
         self._pool.shutdown()
+
+
+class _Whole:
+    """An optimizer with its errors in a checkpoint: virtual ranks are in one process, which would take one's errors for
+    those of all."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._optimizer.load_state_dict(state)
 
 
 class _Counts:

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ops.compression import Errors, SimulatedCollective, SingleProcess, for_other_size
-from ops.compression.signs import BLOCK
+from ops.compression import Errors, SimulatedCollective, SingleProcess, for_other_size, signs
 from ops.errors import KernelError
 from tests.ops.compression.equations import noise, nothing_owed, step
 
@@ -57,8 +56,10 @@ def test_any_size(n: int, size: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "size"), [(1, 1), (1, 5), (9, 2), (2 * BLOCK + 13, 1), (2 * BLOCK + 13, 3)])
-def test_blocks(n: int, size: int, dtype: torch.dtype, device: str) -> None:
+@pytest.mark.parametrize(("n", "size"), [(1, 1), (1, 5), (9, 2), (2**18 + 13, 1), (2**18 + 13, 3)])
+def test_blocks(n: int, size: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several, and an end of one."""
+    monkeypatch.setattr(signs, "BLOCK", 2**17)
     check_steps(n, size, dtype, device, steps=2)
 
 
