@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -19,7 +20,7 @@ from ops.optimizers.moments import Arithmetic
 
 log = logging.getLogger("slipstream.optimizers")
 
-#: Elements that are exchanged together. Several such buckets are on their way at a time.
+#: Elements of momenta of one size that are exchanged together. Several such buckets are on their way at a time.
 BUCKET_ELEMENTS = 1 << 24
 #: ``"auto"``: the variance stands where the sum of it was within this share of itself 1 / (1 - beta2) steps before, ten
 #: times looked at in between (arXiv 2102.02888, section 7.1).
@@ -61,8 +62,10 @@ class CompressedOptimizer(MomentOptimizer):
     #: The norm that the last step's gradients had before they were clipped, the same on all processes; None where
     #: ``max_grad_norm`` is 0.
     grad_norm: float | None = None
-    #: Elements of a bucket.
-    bucket_elements: ClassVar[int] = BUCKET_ELEMENTS
+    #: Elements of a bucket; 0 is a parameter at a time. Signs of a bucket have one size, and would move a parameter of
+    #: small gradients (a key's bias has roundings alone) as far as its neighbours: only where momenta are brought to
+    #: one size may several parameters share a bucket.
+    bucket_elements: ClassVar[int] = 0
 
     def __init__(self, params: ParamsT, collective: GradientCollective | None, defaults: dict[str, Any]) -> None:
         if collective is not None and not hasattr(collective, "compressed_mean"):
@@ -354,7 +357,10 @@ class CompressedOptimizer(MomentOptimizer):
                 log.warning(said, type(self).__name__, len(ranks))
             return
         for index in ranks[0]:
-            one = for_other_size([Errors(**errors[index]) for errors in ranks], rank, size)
+            with warnings.catch_warnings():
+                if self._errors:  # the first bucket's warning is of all
+                    warnings.simplefilter("ignore", UserWarning)
+                one = for_other_size([Errors(**errors[index]) for errors in ranks], rank, size)
             self._errors[int(index)] = self._here(one)
 
     def _here(self, errors: Errors) -> Errors:

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from ops.compression import GradientCollective
 from ops.optimizers.batch import Batch, local_part
-from ops.optimizers.compressed import Bucket, CompressedOptimizer, FreezeStep
+from ops.optimizers.compressed import BUCKET_ELEMENTS, Bucket, CompressedOptimizer, FreezeStep
 from ops.optimizers.moments import Arithmetic
 from ops.optimizers.trust_ratio import trust_ratios
 
@@ -38,6 +38,7 @@ class OneBitLamb(CompressedOptimizer):
     """
 
     shaped_state: ClassVar[tuple[str, ...]] = (*CompressedOptimizer.shaped_state, "fresh_exp_avg_sq")
+    bucket_elements: ClassVar[int] = BUCKET_ELEMENTS
 
     def __init__(
         self,

@@ -224,10 +224,11 @@ def test_a_resumed_run_is_the_run_that_never_stopped(kind: str, home: Path, resu
     for rank, (saved, read) in enumerate(
         zip(errors_in(home, kind, "2", 2), errors_in(home, kind, "2-2", 2), strict=True)
     ):
-        assert len(saved) == 2
+        assert len(saved) == (2 if kind == "OneBitLamb" else len(list(Stack().parameters())))
         assert list(read) == list(saved)
         for index, errors in saved.items():
-            assert errors.worker.any()
+            # A sign and a size are all that there is of one element.
+            assert bool(errors.worker.any()) == (errors.worker.numel() > 1)
             assert torch.equal(errors.worker, read[index].worker)
             assert torch.equal(errors.server, read[index].server)
         whole, mine = (torch.load(home / f"end-{kind}-{name}-{rank}.pt") for name in ("2", "2-2"))
@@ -246,7 +247,7 @@ def test_more_processes_share_what_was_owed(kind: str, home: Path, resumed: dict
             assert torch.equal(read[rank][index].worker, wanted.worker)
             assert torch.equal(read[rank][index].server, wanted.server)
     said = resumed["2-3"][0][kind]
-    assert said["warned"] == ["errors of 2 ranks go on with 3: every rank takes their mean, steps differ slightly"] * 2
+    assert said["warned"] == ["errors of 2 ranks go on with 3: every rank takes their mean, steps differ slightly"]
     assert said["alike"]
     assert all(torch.tensor(said["losses"]).isfinite())
 

@@ -58,6 +58,19 @@ class SignMean:
 
 
 @dataclass
+class Apart:
+    """A :class:`SignMean` for each parameter of arrays that hold them end to end: a size of signs for each."""
+
+    means: list[SignMean]
+
+    def __call__(self, parts: Arrays) -> np.ndarray:
+        """The means end to end."""
+        ends = np.cumsum([mean.bounds[-1] for mean in self.means])[:-1]
+        pieces = zip(*(np.split(part, ends) for part in parts), strict=True)
+        return np.concatenate([mean(piece) for mean, piece in zip(self.means, pieces, strict=True)])
+
+
+@dataclass
 class PaperOneBitAdam:
     """The parameters of a model as arrays; ``step`` takes each rank's gradients of them.
 

@@ -16,6 +16,7 @@ from ops.compression.errors import chunk_of
 from ops.optimizers import LAMB, OneBitAdam, OneBitLamb, OptimizerError, ZeroOneAdam
 from ops.optimizers.compressed import CompressedOptimizer
 from tests.ops.optimizers.compressed_equations import (
+    Apart,
     Mean,
     PaperOneBitAdam,
     PaperOneBitLamb,
@@ -121,7 +122,8 @@ def test_the_papers_equations(kind: str, ranks: int, freeze: int, signs: bool) -
     grads = gradients(14, ranks)
     wrap = Doubles if signs else Exact
     found = together(ranks, lambda one: trained(kind, wrap(one), grads, freeze_step=freeze, foreach=bool(one.rank % 2)))
-    mean: Mean = SignMean(bounds_of(ranks)) if signs else exact_mean
+    of_signs = {"adam": signs_apart, "lamb": signs_of_one_size}[kind]
+    mean: Mean = of_signs(ranks) if signs else exact_mean
     paper = {"adam": PaperOneBitAdam, "lamb": PaperOneBitLamb}[kind](
         [weight.numpy() for weight in started()], freeze, mean, decay=0.1
     )
@@ -141,7 +143,7 @@ def test_the_equations_of_0_1_adam(ranks: int, freeze: int, signs: bool) -> None
     wrap = Doubles if signs else Exact
     options = {"var_freeze_step": freeze, "var_update_scaler": 2, "local_step_scaler": 3, "local_step_clipper": 4}
     found = together(ranks, lambda one: trained("zero_one", wrap(one), grads, **options))
-    means = (SignMean(bounds_of(ranks)), SignMean(bounds_of(ranks))) if signs else (exact_mean, exact_mean)
+    means = (signs_apart(ranks), signs_apart(ranks)) if signs else (exact_mean, exact_mean)
     paper = PaperZeroOneAdam([weight.numpy() for weight in started()], ranks, freeze, means, decay=0.1)
     for step in grads:
         paper.step([[grad.numpy() for grad in rank] for rank in step], 0.01)
@@ -186,10 +188,38 @@ def test_a_rate_of_zero_leaves_0_1_adam_s_numbers_finite() -> None:
     assert not torch.equal(weight, before)
 
 
-def bounds_of(ranks: int) -> list[int]:
-    """Of the ranks' chunks of all parameters."""
-    chunk = chunk_of(COUNT, ranks)
-    return [min(i * chunk, COUNT) for i in range(ranks + 1)]
+def bounds_of(count: int, ranks: int) -> list[int]:
+    """Of the ranks' chunks of so many elements."""
+    chunk = chunk_of(count, ranks)
+    return [min(i * chunk, count) for i in range(ranks + 1)]
+
+
+def signs_of_one_size(ranks: int) -> Mean:
+    """Of all parameters together, whose momenta 1-bit LAMB brings to one size."""
+    return SignMean(bounds_of(COUNT, ranks))
+
+
+def signs_apart(ranks: int) -> Mean:
+    """Of each parameter, as DeepSpeed's are in fp32."""
+    return Apart([SignMean(bounds_of(weight.numel(), ranks)) for weight in started()])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_parameter_of_small_gradients_keeps_its_steps(kind: str) -> None:
+    """Such as a key's bias, beside one of large gradients: signs of one size would move it 1e6 times the rate."""
+    freeze = {"var_freeze_step": 5} if kind == "zero_one" else {"freeze_step": 5}
+
+    def run(one: GradientCollective) -> float:
+        weights = [nn.Parameter(torch.zeros(64)) for _ in range(2)]
+        optimizer = KINDS[kind](weights, collective=one, lr=0.01, **freeze)
+        generator = torch.Generator().manual_seed(one.rank)
+        for _ in range(20):
+            for weight, size in zip(weights, (1.0, 1e-6), strict=True):
+                weight.grad = size * torch.randn(64, generator=generator)
+            optimizer.step()
+        return float(weights[1].detach().abs().max())
+
+    assert max(together(2, run)) < 20 * 10 * 0.01, "a few times the rate, at each step"
 
 
 @pytest.mark.parametrize("kind", KINDS)
