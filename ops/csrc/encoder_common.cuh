@@ -77,16 +77,18 @@ __device__ __forceinline__ bool there(uint4 v) { return v.x != NOTHING && v.y !=
 __device__ __forceinline__ void peek(uint2& v, const void* p) { v = peek2((const u32*)p); }
 __device__ __forceinline__ void peek(uint4& v, const void* p) { v = peek4((const u32*)p); }
 
-// COUNT pieces, all of them asked for before the first is looked at; `at(i)` is where piece i lies.
+// COUNT pieces; `at(i)` is where piece i lies. The last one is looked at alone until it is there: to look at all of them takes
+// several times as long, and holds up those who write. Then the others are, as a rule.
 template <int COUNT, class Piece, class At>
 __device__ __forceinline__ void take(Piece* v, At at) {
     Watchdog dog;
+    for (peek(v[COUNT - 1], at(COUNT - 1)); !there(v[COUNT - 1]); peek(v[COUNT - 1], at(COUNT - 1))) dog.tick();
     while (true) {
         bool all = true;
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) peek(v[i], at(i));
+        for (int i = 0; i < COUNT - 1; ++i) peek(v[i], at(i));
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) all = all && there(v[i]);
+        for (int i = 0; i < COUNT - 1; ++i) all = all && there(v[i]);
         if (all) return;
         dog.tick();
     }
