@@ -4,9 +4,9 @@
 __device__ __forceinline__ ushort2 range(int row) { return ((const ushort2*)(memory + RANGES_AT))[row]; }
 
 // 16 queries of a head; each warp takes 32 keys of every 128, and the four put their results together.
-__device__ __forceinline__ void attend(Block& b, int head, int row0) {
+__device__ __forceinline__ void attend(const Block& b, const u16* qkv, int head, int row0) {
     constexpr int BLOCKS32 = HEAD_DIM / 32, WORDS = HEAD_DIM / 8;
-    const u16* base = b.qkv + head * HEAD_DIM;
+    const u16* base = qkv + head * HEAD_DIM;
     const int rows[2] = {row0 + b.quad, row0 + b.quad + 8};
     uint4 q[2 * BLOCKS32];
     auto q_at = [&](int i) {   // rows of none are not written
@@ -112,24 +112,22 @@ __device__ __forceinline__ void attend(Block& b, int head, int row0) {
         all += weights[w] * stats[16 * w + row].y;
     }
     const float scale = all > 0.f ? 1.f / all : 0.f;
+    for (int n = 8 * (b.thread % 8); n < HEAD_DIM; n += 64) {
+        float v[8] = {};
 #pragma unroll
-    for (int i = 0; i < HEAD_DIM / 16; ++i) {
-        const int n = 2 * (b.thread % 8) + 16 * i;
-        float x = 0.f, y = 0.f;
+        for (int w = 0; w < 4; ++w)
 #pragma unroll
-        for (int w = 0; w < 4; ++w) {
-            const float2 v = *(const float2*)(sums + (16 * w + row) * HEAD_DIM + n);
-            x += weights[w] * v.x, y += weights[w] * v.y;
-        }
-        *(u32*)(b.attended + (size_t)(row0 + row) * HIDDEN + head * HEAD_DIM + n) = narrow2(x * scale, y * scale);
+            for (int i = 0; i < 8; ++i) v[i] += weights[w] * sums[(16 * w + row) * HEAD_DIM + n + i];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) v[i] *= scale;
+        put_piece(b.attended + (size_t)(row0 + row) * HIDDEN + head * HEAD_DIM + n, narrow8(v));
     }
     consumers_sync();   // the scratch is used again
 }
 
-__device__ __forceinline__ void attention(Block& b) {
+__device__ __forceinline__ void attention(const Block& b, const u16* qkv) {
     consumers_sync();   // the scratch was the product's
     const int units = HEADS * ceil_div(b.rows, 16);
 #pragma unroll 1
-    for (int unit = b.id; unit < units; unit += BLOCKS) attend(b, unit % HEADS, unit / HEADS * 16);
-    arrive(b);
+    for (int unit = b.id; unit < units; unit += BLOCKS) attend(b, qkv, unit % HEADS, unit / HEADS * 16);
 }

@@ -3,7 +3,7 @@
 #pragma once
 
 constexpr int CONSUMERS = 128, THREADS = CONSUMERS + 32;   // a warp group that multiplies, and the warp that feeds it
-constexpr int TILE = 64, X_BYTES = TILE * 128;             // rows and columns of a tile of x; X_ROWS of them are fetched
+constexpr int TILE = 64, X_TILE = X_ROWS * 128;            // rows a product takes, and columns a step; bytes of X_ROWS by TILE
 constexpr int QKV_SIZE = 3 * HIDDEN;
 constexpr int LONGEST_PART = 32;                           // keys a warp takes at a time
 constexpr int PARTS = 4 * LONGEST_PART;
@@ -23,7 +23,7 @@ struct Product {
     static constexpr int STRIPES = ceil_div(N, WIDE), UNITS = ROW_TILES * STRIPES * SPLIT;
     static constexpr int STEPS = ceil_div(ceil_div(K, TILE), SPLIT);   // tiles of a unit, the last part's may be fewer
     static constexpr int W_BYTES = WIDE * 128;
-    static_assert(X_BYTES + W_BYTES <= STAGE_BYTES, "the host has counted less");
+    static_assert(W_BYTES <= STAGE_BYTES, "the host has counted less");
     static __device__ __forceinline__ int rows(int unit) { return unit % ROW_TILES * TILE; }
     static __device__ __forceinline__ int column(int unit) { return unit / ROW_TILES % STRIPES * WIDE; }
     static __device__ __forceinline__ int part(int unit) { return unit / (ROW_TILES * STRIPES); }
@@ -31,11 +31,14 @@ struct Product {
     static __device__ __forceinline__ int last(int unit) { return min(first(unit) + STEPS, ceil_div(K, TILE)); }
 };
 
-// Shared memory, in bytes. Tiles begin at multiples of 1024, as their swizzle wants it.
-constexpr int SCRATCH_AT = STAGES * STAGE_BYTES;
+// Shared memory, in bytes. Tiles begin at multiples of 1024, as their swizzle wants it. In front a unit's x, its tiles one behind
+// the other: a product takes 64 rows of each, and behind those that are there finds some of the next tile, or of the ring.
+__host__ __device__ constexpr int most(int a, int b) { return a > b ? a : b; }
+constexpr int X_STEPS = most(most(Product<QKV>::STEPS, Product<OUT>::STEPS), most(Product<UP>::STEPS, Product<DOWN>::STEPS));
+constexpr int RING_AT = X_STEPS * X_TILE, SCRATCH_AT = RING_AT + STAGES * STAGE_BYTES;
+static_assert(STAGES * STAGE_BYTES >= TILE * 128, "a product would read behind the ring");
 constexpr int V_PITCH = 2 * HEAD_DIM + 16, V_BYTES = 4 * LONGEST_PART * V_PITCH, SUM_BYTES = 4 * 16 * HEAD_DIM * 4;
 constexpr int SPAN = 64, STAGED_PITCH = 4 * SPAN + 16, STAGED_BYTES = 4 * 16 * STAGED_PITCH;   // results on their way out
-__host__ __device__ constexpr int most(int a, int b) { return a > b ? a : b; }
 constexpr int SCRATCH = most(most(V_BYTES, SUM_BYTES), STAGED_BYTES);
 constexpr int STATS_AT = SCRATCH_AT + SCRATCH;      // [4][16] float2: each warp's maximum and sum of 16 queries; norms' sums
 constexpr int RANGES_AT = STATS_AT + 4 * 16 * 8;    // [ROW_TILES * TILE] ushort2: the sequence of each row, begin and end
@@ -47,12 +50,11 @@ extern __shared__ __align__(1024) char memory[];
 struct Block {
     int id, thread, warp, lane, quad, place;
     u32 stage, parity;
-    u32 reached;   // of the barrier among blocks: arrivals that stand for what this block has come to
-    const Map* maps;        // of x: normed, attended, activations; then of each layer's four weights
+    const Map* maps;        // of each layer's four weights
     const u64* pointers;    // LAYER_POINTERS a layer
-    u16 *normed, *qkv, *attended, *activations;
-    float* partials;        // [SPLIT][rows][HIDDEN]
-    u32* arrivals;
+    u16 *normed, *middle, *attended, *activations;   // x of QKV, up, projection and down
+    u16* both_qkv;          // of even and odd layers
+    float* partials;        // [OUT_SPLIT + DOWN_SPLIT][rows][HIDDEN]
     int rows;
     static __device__ __forceinline__ u32 address(int at) { return shared_address(memory) + at; }
     __device__ __forceinline__ void next_stage() {
@@ -61,14 +63,25 @@ struct Block {
     __device__ __forceinline__ const u16* constant(int layer, int which) const {
         return (const u16*)__ldg(pointers + layer * LAYER_POINTERS + which);
     }
-    __device__ __forceinline__ const Map* weight(int layer, int kind) const { return maps + 3 + 4 * layer + kind; }
+    __device__ __forceinline__ const Map* weight(int layer, int kind) const { return maps + 4 * layer + kind; }
+    __device__ __forceinline__ float* sums_of(int kind, int part) const {
+        return partials + (size_t)((kind == DOWN ? OUT_SPLIT : 0) + part) * (ROW_TILES * TILE * HIDDEN);
+    }
+    __device__ __forceinline__ u16* qkv(int layer) const { return both_qkv + (size_t)(layer & 1) * (ROW_TILES * TILE * QKV_SIZE); }
 };
 
 __device__ __forceinline__ void consumers_sync() { named_sync<1, CONSUMERS>(); }
 
 // ---- how blocks wait for each other ----
-// What bulk copies read waits for a counter that only grows. What threads read they look at until it is there: all ones, which no
-// result is (a NaN has other bits), mean that it is not, and who has read it for the last time in a layer puts them back.
+// What one writes, others look at until it is there: all ones, which no result is (a NaN has other bits), mean that it is not. No
+// phase waits for all blocks. A row's norm puts back what the phases before it have read of that row:
+//   - its sums depend on all of attention's results of the 64 rows that are multiplied together, those on QKV's results of all
+//     rows of their sequences (a row of none is a sequence by itself), and those on the rows that QKV read. So once they are
+//     there, QKV has read its x, and the projection what attention gave. In the same way up and down;
+//   - another row of the sequence may be about to read keys and values still, but no longer those of the layer before: two
+//     layers in turn have room of their own.
+// The norm after that stands between what was put back and who writes there next, who has read its rows: the two kinds of norm
+// have sums of their own.
 
 constexpr u32 NOTHING = ~0u;
 
@@ -103,25 +116,7 @@ __device__ __forceinline__ void take_missing(Piece* v, At at) {
     if (!all) take<COUNT>(v, at);
 }
 
-// One thread's fence speaks for all that it has met.
-__device__ __forceinline__ void arrive(Block& b) {
-    consumers_sync();
-    if (b.thread == 0) {
-        proxy_fence();
-        __threadfence();
-        add_one(b.arrivals);
-    }
-    b.reached += BLOCKS;
-}
-
-__device__ __forceinline__ void await_blocks(const Block& b, u32 wanted) {
-    Watchdog dog;
-    while ((int)(read_count(b.arrivals) - wanted) < 0) dog.tick();
-    proxy_fence();
-}
-
-// All consumers, behind the last arrivals.
-__device__ __forceinline__ void meet_blocks(Block& b) {
-    if (b.thread == 0) await_blocks(b, b.reached);
-    consumers_sync();
+// Puts back `count` pieces of a row, by all consumers.
+__device__ __forceinline__ void forget(const Block& b, u16* row, int count) {
+    for (int i = b.thread; i < count; i += CONSUMERS) put_piece(row + 8 * i, make_uint4(NOTHING, NOTHING, NOTHING, NOTHING));
 }

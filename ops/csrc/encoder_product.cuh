@@ -3,53 +3,71 @@
 
 // ---- the feeding warp: one lane of it ----
 
-// The tiles of all units of a product, weights first: those for which the ring has room before x is there.
+// The tiles of all units of a product, as far ahead as the ring has room.
 template <int KIND>
-__device__ __forceinline__ void feed(Block& b, int layer, int x_map) {
+__device__ __forceinline__ void feed(Block& b, int layer) {
     using P = Product<KIND>;
-    struct Held { u32 stage; int k, row; } held[STAGES];
-    int holding = 0;
-    bool ready = false;
-    const Map *x = b.maps + x_map, *w = b.weight(layer, KIND);
-    auto copy_x = [&](u32 stage, int k, int row) {
-        tile_copy(b.address(0) + stage * STAGE_BYTES, x, TILE * k, row, b.address(FULL_AT) + 8 * stage);
-    };
-    auto release = [&] {
-        await_blocks(b, b.reached);
-        for (int i = 0; i < holding; ++i) copy_x(held[i].stage, held[i].k, held[i].row);
-        ready = true;
-    };
+    const Map* w = b.weight(layer, KIND);
 #pragma unroll 1
     for (int unit = b.id; unit < P::UNITS; unit += BLOCKS) {
 #pragma unroll 1
         for (int k = P::first(unit); k < P::last(unit); ++k) {
-            if (!ready && holding == STAGES) release();
             const u32 full = b.address(FULL_AT) + 8 * b.stage;
             barrier_wait(b.address(EMPTY_AT) + 8 * b.stage, b.parity ^ 1);
-            barrier_expect(full, X_ROWS * 128 + P::W_BYTES);
-            tile_copy(b.address(0) + b.stage * STAGE_BYTES + X_BYTES, w, TILE * k, P::column(unit), full);
-            if (ready) copy_x(b.stage, k, P::rows(unit));
-            else held[holding++] = {b.stage, k, P::rows(unit)};
+            barrier_expect(full, P::W_BYTES);
+            tile_copy(b.address(RING_AT) + b.stage * STAGE_BYTES, w, TILE * k, P::column(unit), full);
             b.next_stage();
         }
     }
-    if (!ready && holding) release();
 }
 
 __device__ __forceinline__ void feed_all(Block& b) {
-    for (int layer = 0; layer < LAYERS; ++layer) {   // the consumers' arrivals, in the same order
-        feed<QKV>(b, layer, 0);
-        b.reached += BLOCKS;   // attention
-        feed<OUT>(b, layer, 1);
-        b.reached += BLOCKS;   // norm
-        feed<UP>(b, layer, 0);
-        b.reached += BLOCKS;   // up
-        feed<DOWN>(b, layer, 2);
-        b.reached += BLOCKS;   // norm
+    for (int layer = 0; layer < LAYERS; ++layer) {
+        feed<QKV>(b, layer);
+        feed<OUT>(b, layer);
+        feed<UP>(b, layer);
+        feed<DOWN>(b, layer);
     }
 }
 
 // ---- products ----
+
+// A unit's part of x [.., K] to shared memory, swizzled, once it is there (`wait`: it may not be).
+template <int KIND>
+__device__ __forceinline__ void fetch_x(const Block& b, const u16* x, int unit, bool wait) {
+    using P = Product<KIND>;
+    constexpr int WIDE = 8 * P::STEPS;   // pieces of a row, some of the last part's are not there
+    const int wide = 8 * (P::last(unit) - P::first(unit)), count = min(X_ROWS, b.rows - P::rows(unit)) * WIDE;
+    const u16* begin = x + (size_t)P::rows(unit) * P::K + TILE * P::first(unit);
+    auto from = [&](int i) { return begin + (size_t)(i / WIDE) * P::K + i % WIDE * 8; };
+    auto to = [&](int i) {
+        const int row = i / WIDE, piece = i % WIDE;
+        return b.address(piece / 8 * X_TILE + row * 128 + ((piece ^ row) & 7) * 16);
+    };
+    consumers_sync();   // what was there has been multiplied
+    Watchdog dog;
+    const int last = count - CONSUMERS + b.thread;
+    if (wait && last % WIDE < wide) {   // one of them first, as take does
+        uint4 v;
+        for (peek(v, from(last)); !there(v); peek(v, from(last))) dog.tick();
+    }
+#pragma unroll 4
+    for (int i = b.thread; i < count; i += CONSUMERS)
+        if (i % WIDE < wide) copy_piece(to(i), from(i));
+    copies_wait();
+    for (bool all = !wait; !all; dog.tick()) {
+        all = true;
+#pragma unroll 4
+        for (int i = b.thread; i < count; i += CONSUMERS) {
+            if (i % WIDE >= wide || there(load_shared(to(i)))) continue;
+            copy_piece(to(i), from(i));
+            all = false;
+        }
+        copies_wait();
+    }
+    proxy_fence();
+    consumers_sync();
+}
 
 // One unit's sums: d[4 j + i] is row quad + i / 2 * 8 of the warp's 16, column 8 j + 2 place + i % 2.
 template <int KIND>
@@ -61,9 +79,8 @@ __device__ __forceinline__ void multiply(Block& b, int unit, float* d) {
     const int steps = P::last(unit) - P::first(unit);
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-        const u32 at = b.address(0) + b.stage * STAGE_BYTES;
         barrier_wait(b.address(FULL_AT) + 8 * b.stage, b.parity);
-        const u64 x = descriptor(at), w = descriptor(at + X_BYTES);
+        const u64 x = descriptor(b.address(step * X_TILE)), w = descriptor(b.address(RING_AT) + b.stage * STAGE_BYTES);
         group_fence();
 #pragma unroll
         for (int k = 0; k < 4; ++k) Group<P::WIDE>::mma(d, x + 2 * k, w + 2 * k);   // 16 columns are 32 bytes
@@ -78,11 +95,18 @@ __device__ __forceinline__ void multiply(Block& b, int unit, float* d) {
     if (b.lane == 0) barrier_arrive(b.address(EMPTY_AT) + 8 * before);
 }
 
-// A block that has nothing of a product to compute must not arrive before all have arrived the last time: it would be counted
-// for one that has not. Nor may it put back what others still read.
-template <int KIND>
-__device__ __forceinline__ void begin_product(Block& b) {
-    if (b.id >= Product<KIND>::UNITS) meet_blocks(b);
+// A block's units of a product, each with its x; `put(unit, d)` takes its sums.
+template <int KIND, class Put>
+__device__ __forceinline__ void each_unit(Block& b, const u16* x, bool wait, Put put) {
+    using P = Product<KIND>;
+    int rows = -1, part = -1;
+    for (int unit = b.id; unit < P::UNITS; unit += BLOCKS) {
+        float d[P::WIDE / 2];
+        if (P::rows(unit) != rows || P::part(unit) != part) fetch_x<KIND>(b, x, unit, wait);
+        rows = P::rows(unit), part = P::part(unit);
+        multiply<KIND>(b, unit, d);
+        put(unit, d);
+    }
 }
 
 // A unit's results to memory, of rows that there are; `pair(j, half)` gives two neighbours: 16-bit or fp32. By way of shared
@@ -115,22 +139,23 @@ __device__ __forceinline__ void put_unit(const Block& b, int unit, void* out, Ge
 
 // QKV and up: bias, activation, and 16-bit rows.
 template <int KIND>
-__device__ __forceinline__ void whole_product(Block& b, int layer, u16* out) {
+__device__ __forceinline__ void whole_product(Block& b, int layer, const u16* x, bool wait, u16* out) {
     using P = Product<KIND>;
     const u16* bias = b.constant(layer, KIND == QKV ? QKV_BIAS : UP_BIAS);
-    begin_product<KIND>(b);
-    for (int unit = b.id; unit < P::UNITS; unit += BLOCKS) {
-        float d[P::WIDE / 2];
-        u32 biases[P::WIDE / 8];
+    u32 biases[P::WIDE / 8];
+    auto ask = [&](int unit) {   // before they are used
 #pragma unroll
         for (int j = 0; j < P::WIDE / 8; ++j)
             biases[j] = constant_word(bias, min(P::column(unit) + 8 * j, P::N - 8) + 2 * b.place);
-        multiply<KIND>(b, unit, d);
+    };
+    ask(b.id);
+    each_unit<KIND>(b, x, wait, [&](int unit, const float* d) {
         put_unit<KIND, u32>(b, unit, out, [&](int j, int half) {
             const float x = d[4 * j + 2 * half] + low_of(biases[j]), y = d[4 * j + 2 * half + 1] + high_of(biases[j]);
             return KIND == UP ? narrow2(activate(x), activate(y)) : narrow2(x, y);
         });
-    }
+        ask(unit + BLOCKS);
+    });
 }
 
 // A sum that is no number, in bits that are not NOTHING's.
@@ -138,15 +163,12 @@ __device__ __forceinline__ float with_other_bits(float sum) { return sum == sum 
 
 // Projection and down: sums of one part of K, for the norm behind them.
 template <int KIND>
-__device__ __forceinline__ void split_product(Block& b) {
+__device__ __forceinline__ void split_product(Block& b, const u16* x) {
     using P = Product<KIND>;
-    begin_product<KIND>(b);
-    for (int unit = b.id; unit < P::UNITS; unit += BLOCKS) {
-        float d[P::WIDE / 2];
-        multiply<KIND>(b, unit, d);
-        float* out = b.partials + (size_t)P::part(unit) * (ROW_TILES * TILE * HIDDEN);
+    each_unit<KIND>(b, x, true, [&](int unit, const float* d) {
+        float* out = b.sums_of(KIND, P::part(unit));
         put_unit<KIND, float2>(b, unit, out, [&](int j, int half) {
             return make_float2(with_other_bits(d[4 * j + 2 * half]), with_other_bits(d[4 * j + 2 * half + 1]));
         });
-    }
+    });
 }

@@ -5,7 +5,7 @@ struct Map { u64 words[16]; };   // CUtensorMap
 
 // ---- among the threads of a block, and among blocks ----
 
-// What ordinary stores wrote, bulk copies of other multiprocessors will read.
+// What threads wrote, products of warp groups will read.
 __device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 __device__ __forceinline__ void add_one(u32* count) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory"); }
@@ -20,6 +20,12 @@ __device__ __forceinline__ u32 read_count(const u32* count) {
 __device__ __forceinline__ void put_piece(void* at, uint4 v) {
     asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
+
+// 16 bytes to shared memory, past L1; this thread finds them there behind its wait.
+__device__ __forceinline__ void copy_piece(u32 to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // A pair of a vector that no launch writes, or zeros; asked for here, not where it is used.
 __device__ __forceinline__ u32 constant_word(const u16* vector, int at) {

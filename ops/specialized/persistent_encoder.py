@@ -2,8 +2,8 @@
 rows.
 
 One launch computes all layers: every block stays on its multiprocessor and takes its part of each phase, a warp of it
-brings weights in before the phase begins that needs them, and phases are parted by a counter in L2. Launches of their
-own leave the memory idle between any two of them, and cannot ask for weights so early.
+brings weights in before the phase begins that needs them, and what a phase needs of another is looked out for element
+by element. Launches of their own leave the memory idle between any two of them, and cannot ask for weights so early.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import importlib.util
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,9 +37,12 @@ SOURCES = ("encoder_common.cuh", "encoder_product.cuh", "encoder_attention.cuh",
 THREADS, PARTS, STAGED_BYTES = 160, 128, 4 * 16 * (4 * 64 + 16)
 #: Columns that one instruction multiplies with, at most, and the fewest tiles that are on their way at a time.
 WIDEST, FEWEST_STAGES, MOST_STAGES = 256, 4, 24
-#: For the choice of units. Bytes that one multiprocessor, and all, get from L2 in a microsecond; multiplications.
-INGEST, L2, RATE = 90e3, 5.5e6, 2.5e6
+#: For the choice of units, fitted to sweeps on an H100. Microseconds of a step, of a column of results, of a part of K
+#: (written, and read by a norm), and of a byte of sums; bytes that a multiprocessor gets from L2 in one.
+STEP, COLUMN, PART, SUM, INGEST = 0.07, 0.005, 0.06, 0.1e-6, 190e3
 LAYER_POINTERS = 8
+#: What a word holds where nothing has arrived: all ones.
+NOTHING = -1
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -49,32 +52,39 @@ def ceil_div(a: int, b: int) -> int:
 
 @dataclass(frozen=True)
 class Units:
-    """How a product [64 * row_tiles, k] by [n, k] is cut: ``wide`` columns, and K in ``split`` parts."""
+    """How a product [rows, k] by [n, k] is cut: ``wide`` columns, and K in ``split`` parts."""
 
     wide: int
     split: int
 
     @classmethod
-    def of(cls, n: int, k: int, row_tiles: int, blocks: int, *, splits: bool) -> Units:
-        """The cut that should take the shortest."""
+    def of(cls, n: int, k: int, rows: int, blocks: int, *, longest: int, widest: int, splits: bool) -> Units:
+        """The cut that should take the shortest, ``longest`` columns of K and ``widest`` of the result at most."""
         parts = (1, 2, 3, 4, 6, 8, 12, 16) if splits else (1,)
-        found = [cls(wide, split) for wide in range(16, WIDEST + 1, 8) for split in parts]
-        usable = [units for units in found if units.every_part_has_a_tile(k)]
-        return min(usable, key=lambda units: units.microseconds(n, k, row_tiles, blocks))
+        found = [cls(wide, split) for wide in range(16, widest + 1, 8) for split in parts]
+        usable = [units for units in found if units.every_part_has_a_tile(k) and units.steps(k) * TILE <= longest]
+        return min(usable, key=lambda units: units.microseconds(n, k, rows, blocks))
+
+    def steps(self, k: int) -> int:
+        """Tiles of a part of K; the last part may have fewer."""
+        return ceil_div(ceil_div(k, TILE), self.split)
 
     def every_part_has_a_tile(self, k: int) -> bool:
         """The kernel would wait forever for one that has none."""
-        tiles = ceil_div(k, TILE)
-        return (self.split - 1) * ceil_div(tiles, self.split) < tiles
+        return (self.split - 1) * self.steps(k) < ceil_div(k, TILE)
 
-    def microseconds(self, n: int, k: int, row_tiles: int, blocks: int) -> float:
-        """What it may take: the way from L2 or the tensor cores, and the parts' sums, written and read."""
-        steps = ceil_div(ceil_div(k, TILE), self.split)
-        count = row_tiles * ceil_div(n, self.wide) * self.split
-        size = 2 * TILE * steps * (TILE + self.wide)
-        one = max(size / INGEST, TILE * self.wide * TILE * steps / RATE) + 0.5
-        sums = 8 * TILE * row_tiles * n * self.split / L2 if self.split > 1 else 0.0
-        return max(ceil_div(count, blocks) * one, count * size / L2) + sums
+    def microseconds(self, n: int, k: int, rows: int, blocks: int) -> float:
+        """What it may take: the units of a block, and the parts' sums, written and read."""
+        steps, count = self.steps(k), ceil_div(rows, TILE) * ceil_div(n, self.wide) * self.split
+        size = 128 * steps * (rows_of_x(rows) + self.wide)
+        one = STEP * steps + COLUMN * self.wide + size / INGEST
+        sums = PART * self.split + SUM * 4 * rows * n * self.split if self.split > 1 else 0.0
+        return ceil_div(count, blocks) * one + sums
+
+
+def rows_of_x(rows: int) -> int:
+    """Of a tile of x, as many as there are."""
+    return min(ceil_div(rows, 16) * 16, TILE)
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,8 @@ class Layout:
     """The kernel's sizes for so many tiles of rows on so many blocks."""
 
     row_tiles: int
+    x_rows: int
+    """Rows of a tile of x that there are."""
     blocks: int
     qkv: Units
     out: Units
@@ -89,8 +101,6 @@ class Layout:
     down: Units
     stage_bytes: int
     stages: int
-    x_rows: int = TILE
-    """Rows of a tile of x that are fetched."""
 
     @property
     def units(self) -> tuple[Units, ...]:
@@ -98,7 +108,7 @@ class Layout:
         return self.qkv, self.out, self.up, self.down
 
     @classmethod
-    def of(cls, spec: ModelSpec, row_tiles: int, blocks: int) -> Layout:
+    def of(cls, spec: ModelSpec, rows: int, blocks: int) -> Layout:
         """The layout for a model that :func:`unsupported` has let through."""
         shapes = (
             (3 * spec.hidden, spec.hidden, False),
@@ -106,27 +116,39 @@ class Layout:
             (spec.ffn, spec.hidden, False),
             (spec.hidden, spec.ffn, True),
         )
-        qkv, out, up, down = (Units.of(n, k, row_tiles, blocks, splits=splits) for n, k, splits in shapes)
-        return cls.cut(spec, row_tiles, blocks, qkv, out, up, down)
+        # QKV and up take all of a row of x: no part of down needs to be longer.
+        steps = ceil_div(spec.hidden, TILE)
+        widest = min(ring_bytes(spec, rows, steps) // (128 * FEWEST_STAGES), WIDEST)
+        if widest < 16:
+            raise KernelError(f"the persistent encoder's shared memory does not hold {spec.hidden} columns")
+        qkv, out, up, down = (
+            Units.of(n, k, rows, blocks, longest=TILE * steps, widest=widest, splits=splits) for n, k, splits in shapes
+        )
+        return cls.cut(spec, rows, blocks, qkv, out, up, down)
 
     @classmethod
-    def cut(
-        cls, spec: ModelSpec, row_tiles: int, blocks: int, qkv: Units, out: Units, up: Units, down: Units
-    ) -> Layout:
+    def cut(cls, spec: ModelSpec, rows: int, blocks: int, qkv: Units, out: Units, up: Units, down: Units) -> Layout:
         """The layout with products cut like that, and as long a ring as there is room for."""
+        row_tiles, x_rows = ceil_div(rows, TILE), rows_of_x(rows)
         for units, k in ((out, spec.hidden), (down, spec.ffn)):
             if not units.every_part_has_a_tile(k):
                 raise KernelError(f"the persistent encoder: {k} columns are too few for {units.split} parts")
-        scratch = max(PARTS * (2 * spec.head_dim + 16), 4 * 16 * spec.head_dim * 4, STAGED_BYTES)
-        rest = scratch + 4 * 16 * 8 + row_tiles * TILE * 4 + MOST_STAGES * 16 + 1024
-        stage = 128 * (TILE + max(qkv.wide, out.wide, up.wide, down.wide))
-        stages = min((SHARED_LIMIT - rest) // stage, MOST_STAGES)
-        if stages < FEWEST_STAGES:
+        stage = 128 * max(qkv.wide, out.wide, up.wide, down.wide)
+        steps = max(units.steps(k) for units, k in zip((qkv, out, up, down), (*3 * (spec.hidden,), spec.ffn), strict=True))
+        stages = min(ring_bytes(spec, rows, steps) // stage, MOST_STAGES)
+        if stages < FEWEST_STAGES or stages * stage < 128 * TILE:
             raise KernelError(f"the persistent encoder's shared memory does not hold {spec.hidden} columns")
-        return cls(row_tiles, blocks, qkv, out, up, down, stage, stages)
+        return cls(row_tiles, x_rows, blocks, qkv, out, up, down, stage, stages)
 
 
-#: Chooses the layout for a model, tiles of rows and blocks.
+def ring_bytes(spec: ModelSpec, rows: int, steps: int) -> int:
+    """Shared memory that is left for weights, beside ``steps`` tiles of x."""
+    scratch = max(PARTS * (2 * spec.head_dim + 16), 4 * 16 * spec.head_dim * 4, STAGED_BYTES)
+    tables = 4 * 16 * 8 + ceil_div(rows, TILE) * TILE * 4 + MOST_STAGES * 16 + 1024
+    return SHARED_LIMIT - 128 * rows_of_x(rows) * steps - scratch - tables
+
+
+#: Chooses the layout for a model, rows and blocks.
 Choice = Callable[[ModelSpec, int, int], Layout]
 
 
@@ -240,47 +262,50 @@ class EncoderRoom:
         """For steps of up to ``tokens`` tokens."""
         like = weights.embed.token
         device, rows = like.device, ceil_div(tokens, TILE) * TILE
-        self.blocks = torch.cuda.get_device_properties(device).multi_processor_count
-        self.layouts = {tiles: layout(spec, tiles, self.blocks) for tiles in range(1, rows // TILE + 1)}
+        self.layout, self.blocks = layout, torch.cuda.get_device_properties(device).multi_processor_count
 
-        def room(columns: int) -> Tensor:
-            return torch.zeros(rows, columns, dtype=like.dtype, device=device)
+        def nothing(halves: int) -> Tensor:
+            return torch.full((ceil_div(halves, 2),), NOTHING, dtype=torch.int32, device=device)
 
-        def nothing(count: int) -> Tensor:
-            # All ones: nothing has arrived.
-            return torch.full((count,), -1, dtype=torch.int32, device=device)
-
-        self.embedded, self.normed, self.attended = room(spec.hidden), room(spec.hidden), room(spec.hidden)
-        self.activations, self.qkv = room(spec.ffn), nothing(rows * 3 * spec.hidden // 2)
-        parts = max(one.row_tiles * max(one.out.split, one.down.split) for one in self.layouts.values())
-        self.partials = nothing(parts * TILE * spec.hidden)
+        self.embedded, self.normed = (
+            torch.zeros(rows, spec.hidden, dtype=like.dtype, device=device) for _ in range(2)
+        )
+        self.middle, self.attended = nothing(rows * spec.hidden), nothing(rows * spec.hidden)
+        self.activations, self.qkv = nothing(rows * spec.ffn), nothing(2 * rows * 3 * spec.hidden)
         self.statistics = torch.zeros(2 * rows * ceil_div(spec.hidden, TILE), dtype=torch.float32, device=device)
         self.arrivals = torch.zeros(1, dtype=torch.int32, device=device)
         self.turns = torch.zeros(self.blocks, dtype=torch.int32, device=device)
         words = [address(part) for layer in weights.layers for part in _constants(layer)]
         self.pointers = torch.tensor(words, dtype=torch.int64).to(device)
-        self.kernels: dict[tuple[int, int], tuple[Any, Tensor]] = {}
+        self.kernels: dict[tuple[int, int], Compiled] = {}
 
-    def kernel(self, spec: ModelSpec, weights: ModelWeights, rows: int) -> tuple[Any, Tensor]:
-        """The kernel for so many rows, and its tile maps."""
-        key = tiles, x_rows = ceil_div(rows, TILE), min(ceil_div(rows, 16) * 16, TILE)
+    def kernel(self, spec: ModelSpec, weights: ModelWeights, rows: int) -> Compiled:
+        """The kernel for so many rows."""
+        key = ceil_div(rows, TILE), rows_of_x(rows)
         if key not in self.kernels:
-            layout, driver = replace(self.layouts[tiles], x_rows=x_rows), Driver()
-            maps = [driver.tile_map(x, x_rows) for x in (self.normed, self.attended, self.activations)]
+            layout, driver = self.layout(spec, rows, self.blocks), Driver()
+            maps = []
             for layer in weights.layers:
-                pairs = (
-                    (layer.qkv, layout.qkv),
-                    (layer.out, layout.out),
-                    (layer.up, layout.up),
-                    (layer.down, layout.down),
-                )
-                maps += [driver.tile_map(linear_parts(linear)[0], units.wide) for linear, units in pairs]
+                linears = (layer.qkv, layer.out, layer.up, layer.down)
+                for linear, units in zip(linears, layout.units, strict=True):
+                    maps.append(driver.tile_map(linear_parts(linear)[0], units.wide))
             device = self.normed.device
             with torch.cuda.device(device):
                 kernel = compile_kernel(source(spec, layout, self.normed.dtype))
             table = torch.frombuffer(bytearray(b"".join(maps)), dtype=torch.uint8).to(device)
-            self.kernels[key] = kernel, table
+            sums = (layout.out.split + layout.down.split) * layout.row_tiles * TILE * spec.hidden
+            partials = torch.full((sums,), NOTHING, dtype=torch.int32, device=device)
+            self.kernels[key] = Compiled(kernel, table, partials)
         return self.kernels[key]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel, the maps of its tiles of weights, and room for its sums."""
+
+    launch: Any
+    maps: Tensor
+    partials: Tensor
 
 
 class PersistentForward:
@@ -290,7 +315,7 @@ class PersistentForward:
         self, spec: ModelSpec, weights: ModelWeights, buffers: StepBuffers, room: EncoderRoom, place: Place
     ) -> None:
         self.spec, self.weights, self.buffers, self.room, self.place = spec, weights, buffers, room, place
-        self._kernel, self._maps = room.kernel(spec, weights, place.rows)
+        self._kernel = room.kernel(spec, weights, place.rows)
 
     def __call__(self) -> Tensor:
         """The hidden states behind the last norm [rows, hidden], in a buffer that the next call overwrites."""
@@ -319,13 +344,13 @@ class PersistentForward:
         pointers = [
             one.data_ptr()
             for one in (
-                self._maps, room.pointers, room.normed, room.qkv, room.attended, room.activations, room.partials,
-                room.arrivals, room.turns, self.buffers.starts,
+                self._kernel.maps, room.pointers, room.normed, room.middle, room.qkv, room.attended, room.activations,
+                self._kernel.partials, room.arrivals, room.turns, self.buffers.starts,
             )
         ]  # fmt: skip
         arguments = (*pointers, cupy.int32(self.place.sequences), cupy.int32(self.place.rows))
         with cupy.cuda.Device(device.index), current_stream(device):
-            self._kernel((room.blocks,), (THREADS,), arguments, shared_mem=SHARED_LIMIT)
+            self._kernel.launch((room.blocks,), (THREADS,), arguments, shared_mem=SHARED_LIMIT)
 
 
 class PersistentEncoder(EncoderGraphs):

@@ -85,14 +85,14 @@ def test_a_wrong_id_is_told_and_forgotten() -> None:
 @pytest.mark.parametrize("tiles", [1, 2, 8])
 @pytest.mark.parametrize("name", ["small", "wide heads", "rms"])
 def test_it_compiles_for_hopper(name: str, tiles: int, dtype: torch.dtype) -> None:
-    assert compile_log(source(SPECS[name], Layout.of(SPECS[name], tiles, 132), dtype), "sm_90a") is None
+    assert compile_log(source(SPECS[name], Layout.of(SPECS[name], 64 * tiles, 132), dtype), "sm_90a") is None
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 3, 6, 8])
 @pytest.mark.parametrize("one", [BERT, LARGE, SMALL], ids=["base", "large", "small"])
 def test_sizes_fit(one: ModelSpec, tiles: int) -> None:
     """The ring in shared memory, a tile in every part of K, and columns that the instruction takes."""
-    layout = Layout.of(one, tiles, 132)
+    layout = Layout.of(one, 64 * tiles, 132)
     shapes = ((3 * one.hidden, one.hidden), (one.hidden, one.hidden), (one.ffn, one.hidden), (one.hidden, one.ffn))
     assert persistent_encoder.FEWEST_STAGES <= layout.stages <= persistent_encoder.MOST_STAGES
     assert layout.stages * layout.stage_bytes < persistent_encoder.SHARED_LIMIT
@@ -100,7 +100,7 @@ def test_sizes_fit(one: ModelSpec, tiles: int) -> None:
     for units, (_, k) in zip(layout.units, shapes, strict=True):
         assert units.wide % 8 == 0
         assert units.wide <= 256
-        steps = ceil_div(k // 64, units.split)
+        steps = units.steps(k)
         assert (units.split - 1) * steps < k // 64 <= units.split * steps
     assert layout.qkv.split == layout.up.split == 1, "what stands behind them takes whole sums"
 
@@ -109,19 +109,19 @@ def test_parts_without_a_tile_are_refused() -> None:
     """Of the 48 tiles of BERT's 3072 columns, 9 parts of 6 would leave the last one none."""
     one = Units(64, 1)
     with pytest.raises(KernelError, match="3072 columns are too few for 9 parts"):
-        Layout.cut(BERT, 1, 132, one, one, one, Units(64, 9))
-    assert Layout.cut(BERT, 1, 132, one, one, one, Units(64, 8)).down.split == 8
+        Layout.cut(BERT, 64, 132, one, one, one, Units(64, 9))
+    assert Layout.cut(BERT, 64, 132, one, one, one, Units(64, 8)).down.split == 8
 
 
 def test_more_rows_take_wider_units_and_fewer_parts() -> None:
-    few, many = Layout.of(BERT, 1, 132), Layout.of(BERT, 8, 132)
+    few, many = Layout.of(BERT, 64, 132), Layout.of(BERT, 512, 132)
     assert few.up.wide < many.up.wide
     assert few.down.split > many.down.split
-    assert Units(64, 1).microseconds(768, 768, 1, 132) < Units(64, 1).microseconds(768, 768, 16, 132)
+    assert Units(64, 1).microseconds(768, 768, 64, 132) < Units(64, 1).microseconds(768, 768, 1024, 132)
 
 
 def test_every_macro_is_used_and_every_pointer_counted() -> None:
-    text = source(BERT, Layout.of(BERT, 2, 132), torch.float16)
+    text = source(BERT, Layout.of(BERT, 128, 132), torch.float16)
     defines = dict(re.findall(r"#define (\w+) (\S+)", text))
     body = re.sub(r"#define .*", "", text)
     assert {name for name in defines if not re.search(rf"\b{name}\b", body)} <= {"BF16"}
