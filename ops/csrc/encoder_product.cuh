@@ -32,38 +32,38 @@ __device__ __forceinline__ void feed_all(Block& b) {
 
 // ---- products ----
 
-// A unit's part of x [.., K] to shared memory, swizzled, once it is there (`wait`: it may not be).
+// A unit's part of x [.., K] to shared memory, swizzled, once it is there (`wait`: it may not be). By registers: asynchronous copies
+// may find what lay there before, or see nothing come, since the halves of L2 agree only on what relaxed loads and stores touch.
 template <int KIND>
 __device__ __forceinline__ void fetch_x(const Block& b, const u16* x, int unit, bool wait) {
     using P = Product<KIND>;
-    constexpr int WIDE = 8 * P::STEPS;   // pieces of a row, some of the last part's are not there
-    const int wide = 8 * (P::last(unit) - P::first(unit)), count = min(X_ROWS, b.rows - P::rows(unit)) * WIDE;
-    const u16* begin = x + (size_t)P::rows(unit) * P::K + TILE * P::first(unit);
-    auto from = [&](int i) { return begin + (size_t)(i / WIDE) * P::K + i % WIDE * 8; };
-    auto to = [&](int i) {
-        const int row = i / WIDE, piece = i % WIDE;
-        return b.address(piece / 8 * X_TILE + row * 128 + ((piece ^ row) & 7) * 16);
-    };
-    consumers_sync();   // what was there has been multiplied
+    // Of each 16 rows and 64 columns a thread has the same piece. Neither rows nor the last part's steps are always as many.
+    constexpr int EACH = X_ROWS / 16 * P::STEPS, AT_ONCE = EACH < 24 ? EACH : 24;
+    const int steps = P::last(unit) - P::first(unit), row_groups = min(X_ROWS, b.rows - P::rows(unit)) / 16;
+    const int row = b.thread / 8, piece = b.thread % 8;
+    const u16* begin = x + (size_t)(P::rows(unit) + row) * P::K + TILE * P::first(unit) + 8 * piece;
+    char* to = memory + row * 128 + ((piece ^ row) & 7) * 16;
+    auto exists = [&](int j) { return j < EACH && j / P::STEPS < row_groups && j % P::STEPS < steps; };
+    auto ask = [&](uint4& v, int j) { peek(v, begin + j / P::STEPS * 16 * P::K + j % P::STEPS * TILE); };
+    uint4 v[AT_ONCE];
     Watchdog dog;
-    const int last = count - CONSUMERS + b.thread;
-    if (wait && last % WIDE < wide) {   // one of them first, as take does
-        uint4 v;
-        for (peek(v, from(last)); !there(v); peek(v, from(last))) dog.tick();
-    }
-#pragma unroll 4
-    for (int i = b.thread; i < count; i += CONSUMERS)
-        if (i % WIDE < wide) copy_piece(to(i), from(i));
-    copies_wait();
-    for (bool all = !wait; !all; dog.tick()) {
-        all = true;
-#pragma unroll 4
-        for (int i = b.thread; i < count; i += CONSUMERS) {
-            if (i % WIDE >= wide || there(load_shared(to(i)))) continue;
-            copy_piece(to(i), from(i));
-            all = false;
+    if (wait)   // one of them first, as take does
+        for (ask(v[0], 0); !there(v[0]); ask(v[0], 0)) dog.tick();
+    consumers_sync();   // what was there has been multiplied
+#pragma unroll
+    for (int j0 = 0; j0 < EACH; j0 += AT_ONCE) {
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j)
+            if (exists(j0 + j)) ask(v[j], j0 + j);
+        for (bool all = !wait; !all; dog.tick()) {
+            all = true;
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; ++j)
+                if (exists(j0 + j) && !there(v[j])) ask(v[j], j0 + j), all = false;
         }
-        copies_wait();
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j)
+            if (exists(j0 + j)) *(uint4*)(to + (j0 + j) / P::STEPS * 2048 + (j0 + j) % P::STEPS * X_TILE) = v[j];
     }
     proxy_fence();
     consumers_sync();

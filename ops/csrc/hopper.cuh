@@ -21,12 +21,6 @@ __device__ __forceinline__ void put_piece(void* at, uint4 v) {
     asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
-// 16 bytes to shared memory, past L1; this thread finds them there behind its wait.
-__device__ __forceinline__ void copy_piece(u32 to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-__device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
 // A pair of a vector that no launch writes, or zeros; asked for here, not where it is used.
 __device__ __forceinline__ u32 constant_word(const u16* vector, int at) {
     u32 pair = 0;

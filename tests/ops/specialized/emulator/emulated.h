@@ -82,7 +82,6 @@ struct Fiber {
     Block* block;
     Three thread;
     bool done = false;
-    std::vector<std::pair<u32, const void*>> copies;   // to shared memory, not waited for yet
     const u32* word = nullptr;   // while it holds this value, there is nothing to run
     u32 value = 0;
 };
@@ -366,13 +365,6 @@ struct Map {
 inline void proxy_fence() {}
 inline void add_one(u32* count) { ++*count, emulated::moved(); }
 inline u32 read_count(const u32* count) { return *(const volatile u32*)count; }
-// They are made as late as may be.
-inline void copy_piece(u32 to, const void* from) { emulated::current->copies.push_back({to, from}); }
-inline void copies_wait() {
-    for (const auto& copy : emulated::current->copies) memcpy(memory + copy.first, copy.second, 16);
-    emulated::current->copies.clear();
-    emulated::sleep();
-}
 inline float2 load_float2(const float* p) { return *(const float2*)p; }
 
 // 128-byte swizzle: the 16-byte piece within each 128 bytes, bits 4 to 6, is exchanged by bits 7 to 9 of the address.
