@@ -46,9 +46,7 @@ def measure(x: Tensor, error: Tensor, parts: tuple[int, ...]) -> Tensor:
     return torch.tensor(found, dtype=torch.float32)
 
 
-def pack(
-    x: Tensor, error: Tensor, parts: tuple[int, ...], scales: Tensor, sound: Tensor, packed: Tensor
-) -> None:
+def pack(x: Tensor, error: Tensor, parts: tuple[int, ...], scales: Tensor, sound: Tensor, packed: Tensor) -> None:
     """Writes the signs of ``x + error`` to ``packed`` (uint8, at least [ceil(n / 8)]; what is over becomes 0), and what
     they miss to ``error``. ``scales`` fp32 [parts]; where ``sound`` (bool, scalar) is false, the error stays as it
     is."""

@@ -180,9 +180,7 @@ def measure(x: Tensor, error: Tensor, parts: tuple[int, ...]) -> Tensor:
     return scales
 
 
-def pack(
-    x: Tensor, error: Tensor, parts: tuple[int, ...], scales: Tensor, sound: Tensor, packed: Tensor
-) -> None:
+def pack(x: Tensor, error: Tensor, parts: tuple[int, ...], scales: Tensor, sound: Tensor, packed: Tensor) -> None:
     """As :func:`ops.compression.signs.pack`; where unsound the signs are of no use rather than 0."""
     assert_runs_here("pack", x)
     size = packed.numel()
