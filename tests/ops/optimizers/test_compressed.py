@@ -16,7 +16,6 @@ from ops.compression.errors import chunk_of
 from ops.optimizers import LAMB, OneBitAdam, OneBitLamb, OptimizerError, ZeroOneAdam
 from ops.optimizers.compressed import CompressedOptimizer
 from tests.ops.optimizers.compressed_equations import (
-    Apart,
     Mean,
     PaperOneBitAdam,
     PaperOneBitLamb,
@@ -42,7 +41,7 @@ class Exact:
         """As it is."""
         return self._inner.mean(tensors)
 
-    def compressed_mean(self, buffer: Tensor, errors: Errors) -> Pending:
+    def compressed_mean(self, buffer: Tensor, errors: Errors, parts: Sequence[int] | None = None) -> Pending:
         """The mean."""
         return self._inner.mean([buffer])
 
@@ -50,11 +49,10 @@ class Exact:
 class Doubles(Exact):
     """Signs in double precision, as the equations are."""
 
-    def compressed_mean(self, buffer: Tensor, errors: Errors) -> Pending:
+    def compressed_mean(self, buffer: Tensor, errors: Errors, parts: Sequence[int] | None = None) -> Pending:
         """By the equations' own :class:`SignMean`, of which each process has one."""
-        chunk = chunk_of(buffer.numel(), self.size)
-        bounds = [min(i * chunk, buffer.numel()) for i in range(self.size + 1)]
-        mean = vars(errors).setdefault("paper", SignMean(bounds))
+        n = buffer.numel()
+        mean = vars(errors).setdefault("paper", SignMean(bounds_of(n, self.size), list(parts or [n])))
         given = [torch.zeros_like(buffer) for _ in range(self.size)]
         given[self.rank] = buffer * self.size
         self._inner.mean(given).wait()
@@ -196,12 +194,12 @@ def bounds_of(count: int, ranks: int) -> list[int]:
 
 def signs_of_one_size(ranks: int) -> Mean:
     """Of all parameters together, whose momenta 1-bit LAMB brings to one size."""
-    return SignMean(bounds_of(COUNT, ranks))
+    return SignMean(bounds_of(COUNT, ranks), [COUNT])
 
 
 def signs_apart(ranks: int) -> Mean:
-    """Of each parameter, as DeepSpeed's are in fp32."""
-    return Apart([SignMean(bounds_of(weight.numel(), ranks)) for weight in started()])
+    """A size for each parameter, as DeepSpeed's are in fp32."""
+    return SignMean(bounds_of(COUNT, ranks), [weight.numel() for weight in started()])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -210,11 +208,12 @@ def test_a_parameter_of_small_gradients_keeps_its_steps(kind: str) -> None:
     freeze = {"var_freeze_step": 5} if kind == "zero_one" else {"freeze_step": 5}
 
     def run(one: GradientCollective) -> float:
-        weights = [nn.Parameter(torch.zeros(64)) for _ in range(2)]
+        # Of the one in the middle both ranks serve a part, beside a part of a neighbour.
+        weights = [nn.Parameter(torch.zeros(64)) for _ in range(3)]
         optimizer = KINDS[kind](weights, collective=one, lr=0.01, **freeze)
         generator = torch.Generator().manual_seed(one.rank)
         for _ in range(20):
-            for weight, size in zip(weights, (1.0, 1e-6), strict=True):
+            for weight, size in zip(weights, (1.0, 1e-6, 1.0), strict=True):
                 weight.grad = size * torch.randn(64, generator=generator)
             optimizer.step()
         return float(weights[1].detach().abs().max())
