@@ -23,7 +23,7 @@ from ops.generic.launch import assert_runs_here, on
 #: Elements of a program.
 BLOCK = 4096
 #: Sums of blocks that are added up at a time.
-SUMS = 1024
+SUMS = 4096
 
 
 @triton.jit
@@ -138,7 +138,7 @@ class _Table(NamedTuple):
 def _made(pieces: tuple[tuple[int, ...], ...], row: int, block: int, device: torch.device) -> _Table:
     """Made on the host. ``pieces`` are the parts of each row of ``row`` elements, which blocks of ``block`` elements
     cut from its start on; parts are numbered row by row, as many in each as the longest has."""
-    most, blocks = max(map(len, pieces)), max(triton.cdiv(row, block), 1)
+    most, blocks = max(map(len, pieces)), triton.cdiv(row, block)
     sizes = torch.zeros(len(pieces), most, dtype=torch.int64)
     for at, each in enumerate(pieces):
         sizes[at, : len(each)] = torch.tensor(each)
@@ -151,7 +151,7 @@ def _made(pieces: tuple[tuple[int, ...], ...], row: int, block: int, device: tor
         # The last that begins no later than the block, and the first that begins no earlier than it ends.
         first = torch.searchsorted(own, begins, right=True) - 1
         end = torch.searchsorted(own, begins + block)
-        spans[at] = at * most + torch.stack([first, torch.maximum(end, first + 1)], 1)
+        spans[at] = at * most + torch.stack([first, end], 1)
     # A copy that waits, once: any stream may read it from now on.
     return _Table(starts.to(device), spans.view(-1, 2).to(device))
 
@@ -176,7 +176,7 @@ def measure(x: Tensor, error: Tensor, parts: tuple[int, ...]) -> Tensor:
         starts, spans = _table((parts,), n, x.device)
         if n:
             _measure_kernel[(blocks,)](x, error, starts, spans, squares, n, BLOCK=BLOCK, num_warps=8)
-        _scale_kernel[(len(parts),)](squares, starts, scales, BLOCK=BLOCK, SUMS=SUMS, num_warps=4)
+        _scale_kernel[(len(parts),)](squares, starts, scales, BLOCK=BLOCK, SUMS=SUMS, num_warps=8)
     return scales
 
 

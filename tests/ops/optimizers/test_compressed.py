@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ops.compression import Errors, GradientCollective, Pending, Sent, SimulatedCollective, SingleProcess
 from ops.compression.errors import chunk_of
-from ops.optimizers import LAMB, OneBitAdam, OneBitLamb, OptimizerError, ZeroOneAdam
+from ops.optimizers import LAMB, OneBitAdam, OneBitLamb, OptimizerError, ZeroOneAdam, compressed, zero_one_adam
 from ops.optimizers.compressed import CompressedOptimizer
 from tests.ops.optimizers.compressed_equations import (
     Mean,
@@ -148,6 +148,31 @@ def test_the_equations_of_0_1_adam(ranks: int, freeze: int, signs: bool) -> None
     for weights, wanted in zip(found, paper.weights, strict=True):
         flat = torch.cat([weight.reshape(-1) for weight in weights]).numpy()
         np.testing.assert_allclose(flat, wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_buckets(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes together is a matter of the exchange: where that is exact, weights are the same."""
+    grads = gradients(14, 2)
+    options = {"var_freeze_step": 5, "local_step_scaler": 3} if kind == "zero_one" else {"freeze_step": 5}
+    asked: list[int] = []
+
+    class Watched(Exact):
+        def compressed_mean(self, buffer: Tensor, errors: Errors, parts: Sequence[int] | None = None) -> Pending:
+            asked.append(buffer.numel())
+            return super().compressed_mean(buffer, errors, parts)
+
+    def run() -> list[Tensor]:
+        return together(2, lambda one: trained(kind, Watched(one), grads, **options))[0]
+
+    whole = run()
+    assert set(asked) == {COUNT}
+    asked.clear()
+    for module in (compressed, zero_one_adam):
+        monkeypatch.setattr(module, "BUCKET_ELEMENTS", 30)
+    for mine, wanted in zip(run(), whole, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-12, atol=1e-14)
+    assert set(asked) == {35, 29}, "the first is larger than a bucket, the others are one"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
