@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ops.compression import Errors, GradientCollective, Pending, Sent, SimulatedCollective, SingleProcess
 from ops.compression.errors import chunk_of
-from ops.optimizers import LAMB, OneBitAdam, OneBitLamb, OptimizerError, ZeroOneAdam, compressed, zero_one_adam
+from ops.optimizers import LAMB, OneBitAdam, OneBitLamb, OptimizerError, ZeroOneAdam
 from ops.optimizers.compressed import CompressedOptimizer
 from tests.ops.optimizers.compressed_equations import (
     Mean,
@@ -120,7 +120,7 @@ def test_the_papers_equations(kind: str, ranks: int, freeze: int, signs: bool) -
     grads = gradients(14, ranks)
     wrap = Doubles if signs else Exact
     found = together(ranks, lambda one: trained(kind, wrap(one), grads, freeze_step=freeze, foreach=bool(one.rank % 2)))
-    of_signs = {"adam": signs_apart, "lamb": signs_of_one_size}[kind]
+    of_signs = {"adam": signs_of_each_size, "lamb": signs_of_one_size}[kind]
     mean: Mean = of_signs(ranks) if signs else exact_mean
     paper = {"adam": PaperOneBitAdam, "lamb": PaperOneBitLamb}[kind](
         [weight.numpy() for weight in started()], freeze, mean, decay=0.1
@@ -141,38 +141,13 @@ def test_the_equations_of_0_1_adam(ranks: int, freeze: int, signs: bool) -> None
     wrap = Doubles if signs else Exact
     options = {"var_freeze_step": freeze, "var_update_scaler": 2, "local_step_scaler": 3, "local_step_clipper": 4}
     found = together(ranks, lambda one: trained("zero_one", wrap(one), grads, **options))
-    means = (signs_apart(ranks), signs_apart(ranks)) if signs else (exact_mean, exact_mean)
+    means = (signs_of_each_size(ranks), signs_of_each_size(ranks)) if signs else (exact_mean, exact_mean)
     paper = PaperZeroOneAdam([weight.numpy() for weight in started()], ranks, freeze, means, decay=0.1)
     for step in grads:
         paper.step([[grad.numpy() for grad in rank] for rank in step], 0.01)
     for weights, wanted in zip(found, paper.weights, strict=True):
         flat = torch.cat([weight.reshape(-1) for weight in weights]).numpy()
         np.testing.assert_allclose(flat, wanted, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_several_buckets(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What goes together is a matter of the exchange: where that is exact, weights are the same."""
-    grads = gradients(14, 2)
-    options = {"var_freeze_step": 5, "local_step_scaler": 3} if kind == "zero_one" else {"freeze_step": 5}
-    asked: list[int] = []
-
-    class Watched(Exact):
-        def compressed_mean(self, buffer: Tensor, errors: Errors, parts: Sequence[int] | None = None) -> Pending:
-            asked.append(buffer.numel())
-            return super().compressed_mean(buffer, errors, parts)
-
-    def run() -> list[Tensor]:
-        return together(2, lambda one: trained(kind, Watched(one), grads, **options))[0]
-
-    whole = run()
-    assert set(asked) == {COUNT}
-    asked.clear()
-    for module in (compressed, zero_one_adam):
-        monkeypatch.setattr(module, "BUCKET_ELEMENTS", 30)
-    for mine, wanted in zip(run(), whole, strict=True):
-        torch.testing.assert_close(mine, wanted, rtol=1e-12, atol=1e-14)
-    assert set(asked) == {35, 29}, "the first is larger than a bucket, the others are one"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -222,7 +197,7 @@ def signs_of_one_size(ranks: int) -> Mean:
     return SignMean(bounds_of(COUNT, ranks), [COUNT])
 
 
-def signs_apart(ranks: int) -> Mean:
+def signs_of_each_size(ranks: int) -> Mean:
     """A size for each parameter, as DeepSpeed's are in fp32."""
     return SignMean(bounds_of(COUNT, ranks), [weight.numel() for weight in started()])
 
