@@ -11,11 +11,10 @@ each line take the mean of the parts' gradients. In the others each part has a m
 exchange through ops.compression.SimulatedCollective: the bits are those of as many processes. All else is alike: sizes,
 batches, masks and dropout (by seed), weight decay 0.01, clipping to 1, warm-up of the rate, then a straight line to 0.
 The variance stands behind --freeze of the steps, which should lie where the loss falls: on the plateau before, some
-weights have next to no gradient, and signs move all alike. Signs of an exchange have one size, so each parameter is
-exchanged apart (1-bit LAMB's momenta, which it brings to one size, are not); --bucket 16777216 shows why: a key's bias,
-whose gradient is nothing but rounding, then takes steps of its neighbours' size. 0/1 Adam has DeepSpeed's intervals for
-BERT, scaled to the length of the run. At every evaluation the weights of all ranks must be the same to the last bit, or
-the run ends.
+weights have next to no gradient, and signs move all alike. Signs have a scale for each parameter (those of 1-bit LAMB,
+which brings momenta to one size, one for all); --one-scale shows why: a key's bias, whose gradient is nothing but
+rounding, then takes steps of its neighbours' size. 0/1 Adam has DeepSpeed's intervals for BERT, scaled to the length of
+the run. At every evaluation the weights of all ranks must be the same to the last bit, or the run ends.
 
 One document of 50 is held out. Give each arm three --seed, and the baseline and its arm the same --lr: --plot takes the
 difference of their last losses, and the baseline's deviation between seeds. Larger batches: --batch and --steps.
@@ -52,7 +51,7 @@ def share_or_auto(text: str) -> float | Literal["auto"]:
 
 def train(chosen: argparse.Namespace) -> None:
     """``--arm``."""
-    names = ("ranks", "norm", "freeze", "clip", "eps", "bucket")
+    names = ("ranks", "norm", "freeze", "clip", "eps", "one_scale")
     run_arm(chosen, partial(RanksRun, **{name: getattr(chosen, name) for name in names}), RanksTraining)
 
 
@@ -77,10 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     ranks.add_argument("--clip", metavar="NORM", type=float, default=1.0, help="of the gradient, 0 for none (1)")
     ranks.add_argument(
-        "--bucket",
-        metavar="N",
-        type=int,
-        help="elements with one size of signs, 0: each parameter apart",
+        "--one-scale",
+        action="store_true",
+        help="for the signs of all parameters that are exchanged together, whatever the optimizer has",
     )
     ranks.add_argument("--eps", type=float, default=1e-8, help="of the optimizers (1e-8)")
     add_sizes(parser, Shape(6, 512, 8, dropout=0.0))

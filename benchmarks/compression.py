@@ -38,18 +38,19 @@ def ways(n: int, dtype: torch.dtype, device: torch.device) -> dict[str, tuple[Ca
     x, error = torch.randn(n, device=device).to(dtype), torch.zeros(n, device=device)
     out, packed = torch.empty_like(x), torch.empty(-(-n // 8), dtype=torch.uint8, device=device)
     sound, kernels, size = torch.tensor(True, device=device), kernels_for(device), x.element_size()
-    scale = kernels.measure(x, error)
+    parts = (n,)
+    scale = kernels.measure(x, error, parts)
 
     def compress() -> None:
-        kernels.pack(x, error, kernels.measure(x, error), sound, packed)
+        kernels.pack(x, error, parts, kernels.measure(x, error, parts), sound, packed)
 
     both = 2.0 * size + 12 + 1 / 8
     found: dict[str, tuple[Callable[[], object], float]] = {
         "copy": (lambda: out.copy_(x), 2.0 * size),
-        "measure": (lambda: kernels.measure(x, error), size + 4.0),
-        "signs and error": (lambda: kernels.pack(x, error, scale, sound, packed), size + 8 + 1 / 8),
+        "measure": (lambda: kernels.measure(x, error, parts), size + 4.0),
+        "signs and error": (lambda: kernels.pack(x, error, parts, scale, sound, packed), size + 8 + 1 / 8),
         "both": (compress, both),
-        "unpack": (lambda: kernels.unpack(packed[None], scale, 8 * len(packed), out), size + 1 / 8),
+        "unpack": (lambda: kernels.unpack(packed[None], scale[None], (parts,), out), size + 1 / 8),
     }
     if device.type == "cpu":
         found["both, plain passes"] = (lambda: plain(x, error), both)

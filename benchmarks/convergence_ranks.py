@@ -40,8 +40,8 @@ class RanksRun(Settings):
     """What is trained by how many ranks, each with ``batch / ranks`` sequences of a step.
 
     freeze: share of the steps behind which the variance stands, or "auto". clip: the largest norm of the gradient, 0
-    for none. eps: as the optimizers have it. bucket: elements whose signs have one size, 0 for a parameter at a time;
-    None is the optimizers' own.
+    for none. eps: as the optimizers have it. one_scale: for the signs of all parameters that are exchanged together,
+    whatever the optimizer has.
     """
 
     ranks: int = 4
@@ -49,7 +49,7 @@ class RanksRun(Settings):
     freeze: float | Literal["auto"] = 0.2
     clip: float = 1.0
     eps: float = 1e-8
-    bucket: int | None = None
+    one_scale: bool = False
     shape: Shape = field(default_factory=lambda: Shape(6, 512, 8, dropout=0.0))
 
     def __post_init__(self) -> None:
@@ -75,7 +75,7 @@ def variant(run: Mapping[str, Any]) -> list[str]:
     """What a run (its fields) has otherwise than the benchmark's defaults, where its optimizer exchanges signs."""
     if isinstance(ARMS[run["arm"]].kind, str):
         return []
-    defaults = {field.name: field.default for field in fields(RanksRun) if field.name in ("freeze", "bucket")}
+    defaults = {field.name: field.default for field in fields(RanksRun) if field.name in ("freeze", "one_scale")}
     return [f"{name} {run[name]}" for name, value in defaults.items() if run.get(name, value) != value]
 
 
@@ -132,8 +132,8 @@ def optimizer_of(model: nn.Module, run: RanksRun, collective: GradientCollective
     ]
     kind: Any = arm.kind
     found = kind(groups, collective=collective, max_grad_norm=run.clip, **common, **arm.options(run))
-    if run.bucket is not None:
-        found.bucket_elements = run.bucket
+    if run.one_scale:
+        found.scale_each = False
     optimizer: Optimizer = found
     return optimizer
 

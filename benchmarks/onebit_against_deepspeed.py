@@ -9,8 +9,9 @@ rank and step, the same for both. The loss is that on all 50, before each step, 
 
 ``10`` is the tests' model, ``64 x 4`` has four layers of 64, and each optimizer is as one uses it: DeepSpeed exchanges
 each parameter with a scale of its own (in fp16 and for LAMB all together), padded with zeros that count in the scale;
-ours exchanges all together. ``alike``: sizes that need no padding, and ours given each parameter in a group of its own
-where DeepSpeed exchanges it alone: the arithmetic is then the same, step for step.
+ours exchanges all together, with a scale for each parameter (for LAMB one). ``alike``: sizes that need no padding, and
+ours given each parameter in a group of its own where DeepSpeed exchanges it alone, and one scale where DeepSpeed has
+one: the arithmetic is then the same, step for step.
 
 benchmarks/deepspeed_onebit.py says what runs DeepSpeed on a CPU.
 """
@@ -105,10 +106,12 @@ class Plan:
 class Ours:
     """A model with one of our optimizers: what :class:`deepspeed_onebit.Trainer` is for DeepSpeed."""
 
-    def __init__(self, model: nn.Module, kind: str, options: dict[str, Any], apart: bool) -> None:
+    def __init__(self, model: nn.Module, kind: str, options: dict[str, Any], apart: bool, one_scale: bool) -> None:
         self.model = model
         groups = [{"params": [each]} for each in model.parameters()] if apart else model.parameters()
-        self._optimizer = KINDS[kind](groups, collective=TorchCollective(), **options)
+        self._optimizer: Any = KINDS[kind](groups, collective=TorchCollective(), **options)
+        if one_scale:
+            self._optimizer.scale_each = False
 
     def step(self, x: Tensor, y: Tensor) -> None:
         """One step on this rank's samples."""
@@ -163,11 +166,13 @@ def run(rank: int, plan: Plan, deepspeed: Any, case: Case, kind: str) -> dict[st
         return SimpleModel(case.hidden, case.layers).to(device)
 
     apart = case.alike and not half and kind != "OneBitLamb"
+    one_scale = case.alike and half
     our_options, their_options = options_of(plan, case, kind)
     found: dict[str, list[list[float]]] = {"ours": [], "DeepSpeed": []}
     for seed in range(plan.seeds):
         chosen = order(seed, plan.steps)
-        found["ours"].append(train(Ours(model().to(kinds), kind, our_options, apart), x, y, chosen, rank))
+        ours = Ours(model().to(kinds), kind, our_options, apart, one_scale)
+        found["ours"].append(train(ours, x, y, chosen, rank))
         with redirect_stdout(StringIO()):  # DeepSpeed prints from each rank
             theirs = deepspeed_onebit.Trainer(deepspeed, model(), kind, their_options, half)
             theirs.begin(x[:1], y[:1])

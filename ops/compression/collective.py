@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ops.compression.errors import Errors, chunk_of
-from ops.compression.phases import SCALE
+from ops.compression.errors import Errors
+from ops.compression.parts import Cut, parts_of
 
 
 @dataclass
@@ -27,10 +27,10 @@ class Sent:
         """One mean of ``data`` bytes."""
         self.full += 2 * (size - 1) * data // size
 
-    def count_compressed(self, n: int, size: int) -> None:
-        """One compressed mean of ``n`` elements."""
-        if n:
-            self.compressed += (size - 1) * (2 * (chunk_of(n, size) // 8) + 2 * SCALE)
+    def count_compressed(self, cut: Cut) -> None:
+        """One compressed mean of a buffer so cut; of no elements nothing is sent."""
+        if cut.row:
+            self.compressed += (len(cut.pieces) - 1) * cut.sent
 
 
 class Pending(Protocol):
@@ -67,12 +67,15 @@ class GradientCollective(Protocol):
         together."""
         ...
 
-    def compressed_mean(self, buffer: Tensor, errors: Errors) -> Pending:
+    def compressed_mean(self, buffer: Tensor, errors: Errors, parts: Sequence[int] | None = None) -> Pending:
         """``buffer`` [n] (fp32, bf16 or fp16; CPU or CUDA) becomes its compressed mean, in place, the same bits on
         every rank; ``errors`` take what that missed.
 
+        parts: elements of consecutive parts of the buffer whose signs have a scale of their own each, the same on all
+            ranks; they add up to n, and may be 0. None is one part.
+
         A number that is not finite, on any rank, makes the buffer NaN on all of them and leaves the errors as they
-        were. Raises :class:`ops.errors.KernelError` for a buffer or errors that do not fit.
+        were. Raises :class:`ops.errors.KernelError` for a buffer, errors or parts that do not fit.
         """
         ...
 
@@ -101,8 +104,9 @@ class SingleProcess:
         """The tensors as they are."""
         return Done(all_finite(tensors))
 
-    def compressed_mean(self, buffer: Tensor, errors: Errors) -> Pending:
+    def compressed_mean(self, buffer: Tensor, errors: Errors, parts: Sequence[int] | None = None) -> Pending:
         """The buffer as it is."""
+        parts_of(buffer.numel(), parts)
         return Done(all_finite([buffer]))
 
 

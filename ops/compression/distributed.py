@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ops.compression.collective import Done, Pending, Sent, all_finite, flattened, put_back
 from ops.compression.errors import Errors, check
-from ops.compression.phases import SCALE, Phases
+from ops.compression.parts import cut, parts_of
+from ops.compression.phases import Phases
 from ops.errors import KernelError
 
 #: torch 2.13 renames it.
@@ -88,13 +89,14 @@ class TorchCollective:
             self.sent.count_full(tensor.numel() * tensor.element_size(), self.size)
         return self._start(device, tensors, lambda flight: self._full(tensors, flight))
 
-    def compressed_mean(self, buffer: Tensor, errors: Errors) -> Pending:
+    def compressed_mean(self, buffer: Tensor, errors: Errors, parts: Sequence[int] | None = None) -> Pending:
         """As :meth:`GradientCollective.compressed_mean`."""
         check(buffer, errors, self.rank, self.size)
+        found = cut(parts_of(buffer.numel(), parts), self.size)
         if not buffer.numel():
             return Done(torch.tensor(True, device=buffer.device))
-        self.sent.count_compressed(buffer.numel(), self.size)
-        phases = Phases(buffer.detach(), errors, self.size)
+        self.sent.count_compressed(found)
+        phases = Phases(buffer.detach(), errors, found, self.rank)
         used = (buffer, errors.worker, errors.server)
         return self._start(buffer.device, used, lambda flight: self._compressed(phases, flight))
 
@@ -141,13 +143,13 @@ class TorchCollective:
 
     @torch.no_grad()
     def _compressed(self, phases: Phases, flight: _Flight) -> Stages:
-        arrived = self._gather(phases.scale())
+        arrived = self._gather(phases.scales())
         yield
-        arrived = self._all_to_all(phases.signs(arrived().view(-1)))
+        arrived = self._all_to_all(phases.signs(arrived().view(self.size, -1)))
         yield
         arrived = self._gather(phases.serve(arrived()))
         yield
-        flight.sound = phases.finish(arrived().view(self.size, phases.row + SCALE))
+        flight.sound = phases.finish(arrived().view(self.size, -1))
 
     def _wire(self, tensor: Tensor) -> Tensor:
         """The tensor where its backend takes it: Gloo does not exchange all with all on a GPU."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ops.compression.collective import Pending, Sent, all_finite, flattened, put_back
 from ops.compression.errors import Errors, check
+from ops.compression.parts import cut, parts_of
 from ops.compression.phases import Phases
 from ops.errors import KernelError
 
@@ -42,7 +43,9 @@ class SimulatedCollective:
         return call
 
 
-_Asked = Sequence[Tensor] | tuple[Tensor, Errors]
+#: Tensors whose mean is asked for; or a buffer, its errors and its parts.
+_Compressed = tuple[Tensor, Errors, tuple[int, ...]]
+_Asked = list[Tensor] | _Compressed
 
 
 class _Call:
@@ -103,11 +106,12 @@ class VirtualRank:
             self.sent.count_full(tensor.numel() * tensor.element_size(), self.size)
         return self._ask(list(tensors))
 
-    def compressed_mean(self, buffer: Tensor, errors: Errors) -> Pending:
+    def compressed_mean(self, buffer: Tensor, errors: Errors, parts: Sequence[int] | None = None) -> Pending:
         """As :meth:`GradientCollective.compressed_mean`."""
         check(buffer, errors, self.rank, self.size)
-        self.sent.count_compressed(buffer.numel(), self.size)
-        return self._ask((buffer, errors))
+        found = parts_of(buffer.numel(), parts)
+        self.sent.count_compressed(cut(found, self.size))
+        return self._ask((buffer, errors, found))
 
     def _ask(self, asked: _Asked) -> _Call:
         self._calls += 1
@@ -127,14 +131,17 @@ def _full(asked: Sequence[Sequence[Tensor]]) -> Tensor:
     return all_finite(sums)
 
 
-def _compressed(asked: Sequence[tuple[Tensor, Errors]]) -> Tensor:
-    first = asked[0][0]
-    if any(buffer.shape != first.shape or buffer.dtype != first.dtype for buffer, _ in asked):
+def _compressed(asked: Sequence[_Compressed]) -> Tensor:
+    first, _, parts = asked[0]
+    if any(buffer.shape != first.shape or buffer.dtype != first.dtype for buffer, _, _ in asked):
         raise KernelError("SimulatedCollective: the ranks' buffers differ in size or dtype")
+    if any(each != parts for _, _, each in asked):
+        raise KernelError("SimulatedCollective: the ranks' buffers differ in their parts")
     if not first.numel():
         return torch.tensor(True, device=first.device)
-    phases = [Phases(buffer.detach(), errors, len(asked)) for buffer, errors in asked]
-    scales = torch.cat([each.scale() for each in phases])
+    found = cut(parts, len(asked))
+    phases = [Phases(buffer.detach(), errors, found, rank) for rank, (buffer, errors, _) in enumerate(asked)]
+    scales = torch.stack([each.scales() for each in phases])
     packed = torch.stack([each.signs(scales) for each in phases])
     served = torch.stack([each.serve(packed[:, rank].contiguous()) for rank, each in enumerate(phases)])
     return torch.stack([each.finish(served) for each in phases]).all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +20,8 @@ from ops.optimizers.moments import Arithmetic
 
 log = logging.getLogger("slipstream.optimizers")
 
-#: Elements of momenta of one size that are exchanged together. Several such buckets are on their way at a time.
+#: Elements that are exchanged together, or those of one larger parameter. Several such buckets are on their way at a
+#: time.
 BUCKET_ELEMENTS = 1 << 24
 #: ``"auto"``: the variance stands where the sum of it was within this share of itself 1 / (1 - beta2) steps before, ten
 #: times looked at in between (arXiv 2102.02888, section 7.1).
@@ -38,11 +39,24 @@ class Bucket:
     momentum: Tensor
     wait: Callable[[], object]
 
-    def parts(self) -> Iterator[Tensor]:
+    def parts(self) -> list[Tensor]:
         """Of the momentum, one of each parameter's shape."""
-        sizes = [moment.numel() for moment in self.batch.exp_avgs]
-        for part, moment in zip(self.momentum.split(sizes), self.batch.exp_avgs, strict=True):
-            yield part.view(moment.shape)
+        parts = self.momentum.split(sizes_of(self.batch))
+        return [part.view(moment.shape) for part, moment in zip(parts, self.batch.exp_avgs, strict=True)]
+
+    def keep_known(self) -> None:
+        """Makes the momentum zero where the variance is. There nothing ever had a gradient, and signs would move it."""
+        self.momentum.mul_(flattened(self.batch.exp_avg_sqs) > 0)
+
+
+def flattened(tensors: Sequence[Tensor]) -> Tensor:
+    """A new tensor of all elements, end to end."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def sizes_of(batch: Batch) -> list[int]:
+    """Elements of its parameters."""
+    return [moment.numel() for moment in batch.exp_avgs]
 
 
 class CompressedOptimizer(MomentOptimizer):
@@ -62,10 +76,10 @@ class CompressedOptimizer(MomentOptimizer):
     #: The norm that the last step's gradients had before they were clipped, the same on all processes; None where
     #: ``max_grad_norm`` is 0.
     grad_norm: float | None = None
-    #: Elements of a bucket; 0 is a parameter at a time. Signs of a bucket have one size, and would move a parameter of
-    #: small gradients (a key's bias has roundings alone) as far as its neighbours: only where momenta are brought to
-    #: one size may several parameters share a bucket.
-    bucket_elements: ClassVar[int] = 0
+    #: Whether signs have a scale for each parameter, or one for all of a bucket. That one would move a parameter of
+    #: small gradients (a key's bias has roundings alone) as far as its neighbours: it is only right where momenta are
+    #: brought to one size.
+    scale_each: ClassVar[bool] = True
 
     def __init__(self, params: ParamsT, collective: GradientCollective | None, defaults: dict[str, Any]) -> None:
         if collective is not None and not hasattr(collective, "compressed_mean"):
@@ -169,10 +183,14 @@ class CompressedOptimizer(MomentOptimizer):
     @staticmethod
     def _square(grads: Sequence[Tensor]) -> Tensor:
         """The squared norm of all gradients, 0-dim fp64."""
-        square = torch.zeros((), dtype=torch.float64, device=grads[0].device if grads else "cpu")
+        if not grads:
+            return torch.zeros((), dtype=torch.float64)
+        alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for grad in grads:
-            square += torch.linalg.vector_norm(grad, dtype=compute_dtype(grad)).double().square().to(square.device)
-        return square
+            alike.setdefault((grad.device, grad.dtype), []).append(grad)
+        norms = [torch._foreach_norm(each, 2, compute_dtype(each[0])) for each in alike.values()]
+        squares = [torch.stack(each).double().square().sum().to(grads[0].device) for each in norms]
+        return torch.stack(squares).sum()
 
     def _clip(self, grads: Sequence[Tensor], square: float | None) -> None:
         """By one factor on all processes. The norm is that of the mean gradient in the warm-up (``square`` is None, and
@@ -214,9 +232,9 @@ class CompressedOptimizer(MomentOptimizer):
         arithmetic.update_moments(batch, arithmetic.gradients(batch, False), *group["betas"])
         self.move(arithmetic, batch, group)
 
-    def momentum(self, batch: Batch, index: int, grad: Tensor, beta1: float) -> Tensor:
-        """What is exchanged of a parameter: the common momentum, moved by this process's gradient."""
-        return torch.lerp(batch.exp_avgs[index], grad, 1 - beta1)
+    def momentum(self, batch: Batch, grads: Sequence[Tensor], beta1: float) -> Tensor:
+        """What is exchanged, end to end: the common momentum, moved by this process's gradient."""
+        return flattened(batch.exp_avgs).lerp_(flattened(grads), 1 - beta1)
 
     def finish(self, bucket: Bucket, group: Mapping[str, Any]) -> None:
         """A step along the mean momentum, which has come."""
@@ -234,17 +252,17 @@ class CompressedOptimizer(MomentOptimizer):
         under_way: list[tuple[Bucket, Mapping[str, Any]]] = []
         group: Mapping[str, Any]
         for group in self.param_groups:
-            for arithmetic, batch in self.batches(group, self.bucket_elements):
-                grads = arithmetic.gradients(batch, False)
-                parts = [self.momentum(batch, i, grad, group["betas"][0]).reshape(-1) for i, grad in enumerate(grads)]
-                under_way.append((self.send(arithmetic, batch, torch.cat(parts), len(under_way)), group))
+            for arithmetic, batch in self.batches(group, BUCKET_ELEMENTS):
+                flat = self.momentum(batch, arithmetic.gradients(batch, False), group["betas"][0])
+                under_way.append((self.send(arithmetic, batch, flat, len(under_way)), group))
         for bucket, group in under_way:
             bucket.wait()
             self.finish(bucket, group)
 
     def send(self, arithmetic: Arithmetic, batch: Batch, flat: Tensor, index: int) -> Bucket:
         """Begins the exchange of the step's bucket ``index``."""
-        pending = self.collective.compressed_mean(flat, self._errors_of(index, flat))
+        parts = sizes_of(batch) if self.scale_each else None
+        pending = self.collective.compressed_mean(flat, self._errors_of(index, flat), parts)
         return Bucket(arithmetic, batch, flat, pending.wait)
 
     def forget_errors(self) -> None:
@@ -265,10 +283,9 @@ class CompressedOptimizer(MomentOptimizer):
         return found
 
     def take(self, bucket: Bucket) -> None:
-        """The mean momentum becomes everybody's. Where the variance is zero nothing ever had a gradient, and signs
-        would move it: there it stays zero."""
-        for part, moment, variance in zip(bucket.parts(), bucket.batch.exp_avgs, bucket.batch.exp_avg_sqs, strict=True):
-            torch.mul(part, variance > 0, out=moment)
+        """The mean momentum becomes everybody's."""
+        bucket.keep_known()
+        torch._foreach_copy_(bucket.batch.exp_avgs, bucket.parts())
 
     def corrections(self, batch: Batch, group: Mapping[str, Any]) -> list[tuple[float, float]]:
         """``(1 - beta1^t, 1 - beta2^t)``; the second one stands with the variance. Empty without bias correction."""

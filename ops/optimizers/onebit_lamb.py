@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from ops.compression import GradientCollective
 from ops.optimizers.batch import Batch, local_part
-from ops.optimizers.compressed import BUCKET_ELEMENTS, Bucket, CompressedOptimizer, FreezeStep
+from ops.optimizers.compressed import Bucket, CompressedOptimizer, FreezeStep, sizes_of
 from ops.optimizers.moments import Arithmetic
 from ops.optimizers.trust_ratio import trust_ratios
 
@@ -38,7 +38,7 @@ class OneBitLamb(CompressedOptimizer):
     """
 
     shaped_state: ClassVar[tuple[str, ...]] = (*CompressedOptimizer.shaped_state, "fresh_exp_avg_sq")
-    bucket_elements: ClassVar[int] = BUCKET_ELEMENTS
+    scale_each: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -88,8 +88,7 @@ class OneBitLamb(CompressedOptimizer):
         kept = torch.stack([state["kept_ratio"] for state in self._states(batch)])
         # A ratio that could not be taken leaves no trace.
         moved = torch.where((weights > 0) & (updates > 0), torch.lerp(kept, ratios, 1 - group["coeff_beta"]), kept)
-        for state, value in zip(self._states(batch), moved.unbind(), strict=True):
-            state["kept_ratio"].copy_(value)
+        torch._foreach_copy_([state["kept_ratio"] for state in self._states(batch)], list(moved.unbind()))
         arithmetic.show(batch, ratios)
         arithmetic.add_scaled(batch, directions, ratios * -float(group["lr"]))
 
@@ -104,22 +103,25 @@ class OneBitLamb(CompressedOptimizer):
             state["fresh_exp_avg_sq"] = state["exp_avg_sq"].clone()
             state["last_factor"] = torch.ones_like(state["momentum_scale"])
 
-    def momentum(self, batch: Batch, index: int, grad: Tensor, beta1: float) -> Tensor:
+    def momentum(self, batch: Batch, grads: Sequence[Tensor], beta1: float) -> Tensor:
         """Brought to the size that all have."""
-        scale = self._states(batch)[index]["momentum_scale"]
-        return super().momentum(batch, index, grad, beta1).mul_(scale)
+        flat = super().momentum(batch, grads, beta1)
+        torch._foreach_mul_(flat.split(sizes_of(batch)), self._momentum_scales(batch))
+        return flat
 
     def finish(self, bucket: Bucket, group: Mapping[str, Any]) -> None:
         """A step along the momentum that has come, as far as the frozen ratio and the fresh variance say."""
         arithmetic, batch = bucket.arithmetic, bucket.batch
         beta1, beta2 = group["betas"]
         states = self._states(batch)
-        before = [moment.clone() for moment in batch.exp_avgs]
+        gradients = torch._foreach_mul(batch.exp_avgs, -beta1)
         self.take(bucket)
-        for moment, old, state in zip(batch.exp_avgs, before, states, strict=True):
-            moment.div_(state["momentum_scale"])
-            gradient = old.mul_(-beta1).add_(moment).div_(1 - beta1)
-            state["fresh_exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        torch._foreach_div_(batch.exp_avgs, self._momentum_scales(batch))
+        torch._foreach_add_(gradients, batch.exp_avgs)
+        torch._foreach_div_(gradients, 1 - beta1)
+        fresh = [state["fresh_exp_avg_sq"] for state in states]
+        torch._foreach_mul_(fresh, beta2)
+        torch._foreach_addcmul_(fresh, gradients, gradients, 1 - beta2)
         corrections = self.corrections(batch, group)
         directions = arithmetic.directions(batch, corrections, group["eps"], group["weight_decay"])
         factors = self._factors(arithmetic, batch, states, directions, corrections, group)
@@ -137,12 +139,14 @@ class OneBitLamb(CompressedOptimizer):
         group: Mapping[str, Any],
     ) -> Tensor:
         """What each ratio has changed by [n]."""
-        found = []
-        for i, (variance, state) in enumerate(zip(batch.exp_avg_sqs, states, strict=True)):
-            c2 = corrections[i][1] if corrections else 1.0
-            old = (variance / c2).sqrt_().add_(group["eps"])
-            found.append((old / (state["fresh_exp_avg_sq"] / c2).sqrt_().add_(group["eps"])).max())
-        factors = torch.stack(found)
+        seconds = [c2 for _, c2 in corrections] or [1.0] * len(states)
+        old = torch._foreach_div(batch.exp_avg_sqs, seconds)
+        fresh = torch._foreach_div([state["fresh_exp_avg_sq"] for state in states], seconds)
+        for each in (old, fresh):
+            torch._foreach_sqrt_(each)
+            torch._foreach_add_(each, group["eps"])
+        torch._foreach_div_(old, fresh)
+        factors = torch.stack(torch._foreach_max(old))
         if group["weight_decay"]:
             plain = arithmetic.norms(arithmetic.directions(batch, corrections, group["eps"], 0.0))
             whole = arithmetic.norms(directions)
@@ -151,9 +155,12 @@ class OneBitLamb(CompressedOptimizer):
         last = torch.stack([state["last_factor"] for state in states])
         near = group["factor_threshold"]
         factors = factors.clamp(group["factor_min"], group["factor_max"]).clamp(last * (1 - near), last * (1 + near))
-        for state, value in zip(states, factors.unbind(), strict=True):
-            state["last_factor"].copy_(value)
+        torch._foreach_copy_([state["last_factor"] for state in states], list(factors.unbind()))
         return factors
+
+    def _momentum_scales(self, batch: Batch) -> list[Tensor]:
+        """What brings each momentum to the size that all have, 0-dim."""
+        return [self.state[parameter]["momentum_scale"] for parameter in batch.parameters]
 
     def _states(self, batch: Batch) -> list[dict[str, Any]]:
         """Of a batch's parameters, with the ratio that is kept."""

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from ops.compression import GradientCollective
 from ops.optimizers.batch import Batch
-from ops.optimizers.compressed import Bucket, CompressedOptimizer
+from ops.optimizers.compressed import BUCKET_ELEMENTS, Bucket, CompressedOptimizer, flattened
 from ops.optimizers.moments import Arithmetic
 
 _COUNTS = ("interval", "updates", "counted", "local_interval", "local_steps", "alone")
@@ -90,8 +90,7 @@ class ZeroOneAdam(CompressedOptimizer):
         if self.together:
             return
         self._fill_gradients()
-        limit = self.bucket_elements
-        each = [(i, self.batches(group, limit, counts=False)) for i, group in enumerate(self.param_groups)]
+        each = [(i, self.batches(group, BUCKET_ELEMENTS, counts=False)) for i, group in enumerate(self.param_groups)]
         self._meet([(*batch, i) for i, batches in each for batch in batches])
 
     @torch.no_grad()
@@ -121,16 +120,15 @@ class ZeroOneAdam(CompressedOptimizer):
         if self._counted == self.defaults["var_update_scaler"]:
             self._counted, self._interval = 0, 2 * self._interval
 
-    def momentum(self, batch: Batch, index: int, grad: Tensor, beta1: float) -> Tensor:
+    def momentum(self, batch: Batch, grads: Sequence[Tensor], beta1: float) -> Tensor:
         """What is exchanged between two updates of the variance: the gradient."""
-        return grad.clone()
+        return flattened(grads)
 
     def finish(self, bucket: Bucket, group: Mapping[str, Any]) -> None:
         """A step along the momentum that the gradients' signs move."""
-        batch = bucket.batch
-        for part, moment, variance in zip(bucket.parts(), batch.exp_avgs, batch.exp_avg_sqs, strict=True):
-            moment.lerp_(part * (variance > 0), 1 - group["betas"][0])
-        self.move(bucket.arithmetic, batch, group)
+        bucket.keep_known()
+        torch._foreach_lerp_(bucket.batch.exp_avgs, bucket.parts(), 1 - group["betas"][0])
+        self.move(bucket.arithmetic, bucket.batch, group)
 
     def corrections(self, batch: Batch, group: Mapping[str, Any]) -> list[tuple[float, float]]:
         """Those of as many updates as each moment has had. Empty without bias correction."""
@@ -165,11 +163,10 @@ class ZeroOneAdam(CompressedOptimizer):
         for index, group in enumerate(self.param_groups):
             rate = float(group["lr"])
             self._rates[index] += rate
-            for arithmetic, batch in self.batches(group, self.bucket_elements):
+            for arithmetic, batch in self.batches(group, BUCKET_ELEMENTS):
                 if self._alone == 0:
                     self._remember(batch)
-                for moment, grad in zip(batch.exp_avgs, arithmetic.gradients(batch, False), strict=True):
-                    moment.lerp_(grad, 1 - group["betas"][0])
+                torch._foreach_lerp_(batch.exp_avgs, arithmetic.gradients(batch, False), 1 - group["betas"][0])
                 corrections = self.corrections(batch, group)
                 directions = arithmetic.directions(batch, corrections, group["eps"], group["weight_decay"])
                 arithmetic.add_scaled(batch, directions, self.rates(batch, -rate))
@@ -188,30 +185,31 @@ class ZeroOneAdam(CompressedOptimizer):
         for arithmetic, batch, index in batches:
             group = self.param_groups[index]
             denominators = self._denominators(batch, group)
-            gone = [met - weight for met, weight in zip(self._met(batch), batch.weights, strict=True)]
-            flat = torch.cat([(u * d).reshape(-1) for u, d in zip(gone, denominators, strict=True)])
-            bucket = self.send(arithmetic, batch, flat, len(under_way))
+            gone = torch._foreach_sub(self._met(batch), batch.weights)
+            torch._foreach_mul_(gone, denominators)
+            bucket = self.send(arithmetic, batch, flattened(gone), len(under_way))
             under_way.append((bucket, denominators, index))
         for bucket, denominators, index in under_way:
             bucket.wait()
             batch = bucket.batch
-            for i, part in enumerate(bucket.parts()):
-                part.mul_(batch.exp_avg_sqs[i] > 0)
-                if self._rates[index]:  # at rate 0 nothing was gone, which says nothing of the momentum
-                    torch.div(part, self._rates[index], out=batch.exp_avgs[i])
-                part.div_(denominators[i])
+            bucket.keep_known()
+            parts = bucket.parts()
+            if self._rates[index]:  # at rate 0 nothing was gone, which says nothing of the momentum
+                torch._foreach_copy_(batch.exp_avgs, torch._foreach_div(parts, self._rates[index]))
+            torch._foreach_div_(parts, denominators)
             # From the weights that all had: going back by steps would leave each process a rounding of its own.
-            for weight, met in zip(batch.weights, self._met(batch), strict=True):
-                weight.copy_(met)
-            bucket.arithmetic.add_scaled(batch, list(bucket.parts()), self.rates(batch, -1.0))
+            torch._foreach_copy_(batch.weights, self._met(batch))
+            bucket.arithmetic.add_scaled(batch, parts, self.rates(batch, -1.0))
         self._alone, self._rates = 0, [0.0] * len(self.param_groups)
 
     def _denominators(self, batch: Batch, group: Mapping[str, Any]) -> list[Tensor]:
         corrections = self.corrections(batch, group) or [(1.0, 1.0)] * len(batch.params)
-        return [
-            (variance / c2).sqrt_().add_(group["eps"]).mul_(c1)
-            for variance, (c1, c2) in zip(batch.exp_avg_sqs, corrections, strict=True)
-        ]
+        first, second = zip(*corrections, strict=True)
+        found = torch._foreach_div(batch.exp_avg_sqs, second)
+        torch._foreach_sqrt_(found)
+        torch._foreach_add_(found, group["eps"])
+        torch._foreach_mul_(found, first)
+        return list(found)
 
     def _remember(self, batch: Batch) -> None:
         """The weights at which all are together."""
@@ -219,7 +217,7 @@ class ZeroOneAdam(CompressedOptimizer):
             state = self.state[parameter]
             if "met_weight" not in state:
                 state["met_weight"] = torch.empty_like(weight)
-            state["met_weight"].copy_(weight)
+        torch._foreach_copy_(self._met(batch), batch.weights)
 
     def _met(self, batch: Batch) -> list[Tensor]:
         return [self.state[parameter]["met_weight"] for parameter in batch.parameters]

@@ -76,22 +76,30 @@ def test_an_arm_from_end_to_end(arm: str, run: Callable[..., Any]) -> None:
     assert all(0 < point["update"] < point["seconds"] for point in points)
 
 
-def buckets(corpus: Path, arm: str) -> list[int]:
-    """Elements with weight decay, and without."""
+def buckets(corpus: Path, arm: str) -> list[list[int]]:
+    """Elements of the parameters with weight decay, and of those without."""
     parameters = list(training(corpus, arm).model.parameters())
-    return [sum(one.numel() for one in parameters if (one.ndim >= 2) is decayed) for decayed in (True, False)]
+    return [[one.numel() for one in parameters if (one.ndim >= 2) is decayed] for decayed in (True, False)]
+
+
+def most_in_a_chunk(sizes: list[int]) -> int:
+    """Parameters that the chunk of a rank meets, element by element; chunks are multiples of 8 elements."""
+    of = [index for index, size in enumerate(sizes) for _ in range(size)]
+    chunk = 8 * -(-len(of) // (8 * RANKS))
+    return max(len(set(of[at : at + chunk])) for at in range(0, len(of), chunk))
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_bytes_are_those_of_the_formulas(arm: str, run: Callable[..., Any], corpus: Path) -> None:
-    """A ring sends 2 (W - 1) / W of fp32 gradients; signs are W - 1 parts of n / W, a bit each, there and back, each
-    with a scale of 4 bytes; each step begins with 3 numbers of 8 bytes."""
+    """A ring sends 2 (W - 1) / W of fp32 gradients; signs are W - 1 parts of n / W, a bit each, there and back. Scales
+    are 4 bytes each: of all parameters there, back as many as the chunk with the most has; 1-bit LAMB has one a bucket.
+    Each step begins with 3 numbers of 8 bytes."""
     found = run(arm, "--freeze", "0.25")["points"][-1]
-    sizes = [one.numel() for one in training(corpus, arm).model.parameters()]
-    if arm == "onebit_lamb":
-        sizes = buckets(corpus, arm)
-    full = 2 * (RANKS - 1) * 4 * sum(sizes) // RANKS
-    signs = sum(2 * (RANKS - 1) * (-(-n // (8 * RANKS)) + 4) for n in sizes)
+    groups = buckets(corpus, arm)
+    full = 2 * (RANKS - 1) * 4 * sum(map(sum, groups)) // RANKS
+    scales = [2 if arm == "onebit_lamb" else len(sizes) + most_in_a_chunk(sizes) for sizes in groups]
+    bits = [2 * -(-sum(sizes) // (8 * RANKS)) for sizes in groups]
+    signs = (RANKS - 1) * (sum(bits) + 4 * sum(scales))
     facts = STEPS * 2 * (RANKS - 1) * 24 // RANKS
     # 0/1 Adam: the last 16 steps are local, the first 8 of them with an exchange each, the others two by two.
     steps = {"onebit_adam": (6, 18), "onebit_lamb": (6, 18), "zero_one_adam": (8, 12)}
@@ -214,20 +222,20 @@ def test_what_cannot_be_is_told(
     assert told in capsys.readouterr().err
 
 
-def test_parameters_together(run: Callable[..., Any], corpus: Path) -> None:
+def test_one_scale(run: Callable[..., Any], corpus: Path) -> None:
     """Fewer scales are sent, and the run is told from others."""
-    found = run("onebit_adam", "--freeze", "0.25", "--bucket", str(2**24))
-    signs = sum(2 * (RANKS - 1) * (-(-n // (8 * RANKS)) + 4) for n in buckets(corpus, "onebit_adam"))
+    found = run("onebit_adam", "--freeze", "0.25", "--one-scale")
+    signs = sum(2 * (RANKS - 1) * (-(-n // (8 * RANKS)) + 4) for n in map(sum, buckets(corpus, "onebit_adam")))
     assert found["points"][-1]["sent_compressed"] == 18 * signs
 
 
 def test_variants_stand_apart(tmp_path: Path) -> None:
     write_run(tmp_path, "adamw", 1, [6.0, 3.0])
-    for bucket, loss in ((None, 3.5), (0, 3.1)):
-        write_run(tmp_path, "onebit_adam", 1, [6.0, loss], bucket=bucket)
+    for one_scale, loss in ((False, 3.5), (True, 3.1)):
+        write_run(tmp_path, "onebit_adam", 1, [6.0, loss], one_scale=one_scale)
     found = rows(convergence_compare.loss_table(convergence_compare.read(tmp_path)), 2)
     assert found["onebit_adam", "0.001"] == ["1/1", "3.5000", "-", "+0.5000", "?"]
-    assert found["onebit_adam", "b0"] == ["0.001", "1/1", "3.1000", "-", "+0.1000", "?"]
+    assert found["onebit_adam", "oTrue"] == ["0.001", "1/1", "3.1000", "-", "+0.1000", "?"]
 
 
 def test_a_probe_of_compressed_steps(
@@ -246,8 +254,7 @@ def test_a_probe_of_compressed_steps(
         "4",
         "--freeze",
         "0.5",
-        "--bucket",
-        "0",
+        "--one-scale",
     ]
     for arm in COMPRESSED:
         assert call(command.main, monkeypatch, "--arm", arm, *given) == 0
@@ -276,7 +283,7 @@ def write_run(directory: Path, arm: str, seed: int, ends: list[float], **others:
         }
         for at, loss in enumerate(ends, 1)
     ]
-    run = {name: given[name] for name in ("lr", "steps", "batch", "ranks", "bucket") if name in given}
+    run = {name: given[name] for name in ("lr", "steps", "batch", "ranks", "one_scale") if name in given}
     document = {"run": {"arm": arm, "seed": seed, **run}, "status": given["status"], "device": "GPU; CPU"}
     name = "-".join(map(str, [arm, seed, *run.values()]))
     (directory / f"{name}.json").write_text(json.dumps({**document, "points": points}))

@@ -11,6 +11,7 @@ import pytest
 from benchmarks import scale_out
 from benchmarks.scale_out import PUBLISHED, PUBLISHED_GPUS, Constants, by_node_ms, ring_ms, signs_ms, step
 from ops.compression import Sent
+from ops.compression.parts import cut
 from tests.benchmarks import small
 from tests.benchmarks.small import call
 
@@ -27,7 +28,7 @@ def test_bytes_are_those_that_collectives_count(gpus: int) -> None:
     sent.count_full(2 * n, gpus)
     assert ring_ms(c, gpus) == pytest.approx(sent.full)
     assert by_node_ms(c, gpus) == pytest.approx(sent.full)
-    sent.count_compressed(n, gpus)
+    sent.count_compressed(cut((n,), gpus))
     # The collective counts scales on the way to the servers as well; the model takes those for a matter of hops.
     assert signs_ms(c, gpus) == pytest.approx(sent.compressed - 4 * (gpus - 1))
 

@@ -15,8 +15,19 @@ import torch
 
 #: Test by path below tests/ops and name, with the values that some of its parameters must have.
 SANITIZED: Mapping[str, Mapping[str, Collection[Any]]] = {
-    "compression/test_triton_signs.py::test_pack": {"dtype": [torch.float16], "n": [1, 13]},
-    "compression/test_triton_signs.py::test_unpack": {"dtype": [torch.float16], "n": [1, 9]},
+    "compression/test_triton_signs.py::test_pack": {
+        "dtype": [torch.float16],
+        "block": [64],
+        "more": [13, 5],
+        "kind": ["odd", "empty"],
+    },
+    "compression/test_triton_signs.py::test_unpack": {
+        "dtype": [torch.float16],
+        "block": [64],
+        "more": [9, 3],
+        "kind": ["odd", "empty"],
+    },
+    "compression/test_triton_signs.py::test_many_sums_of_one_part": {},
     "gemm/test_skinny.py::test_products": {"dtype": [torch.float16], "shape": [(3, 9, 77), (20, 3, 40)]},
     "gemm/test_skinny.py::test_norms": {
         "dtype": [torch.bfloat16],

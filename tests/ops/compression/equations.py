@@ -21,24 +21,28 @@ def nothing_owed(n: int, size: int) -> Exact:
     return Exact([torch.zeros(n, dtype=torch.float64) for _ in range(size)], torch.zeros(n, dtype=torch.float64))
 
 
-def compress(b: Tensor) -> Tensor:
-    if not b.numel():
-        return b
-    scale = (b.square().sum() / b.numel()).sqrt()
-    return torch.where(b >= 0, scale, -scale)
+def compress(b: Tensor, parts: Sequence[int]) -> Tensor:
+    """Each part with a scale of its own."""
+    scales = [(part.square().sum() / part.numel()).sqrt() for part in b.split(list(parts)) if part.numel()]
+    each = torch.cat([scale.expand(part) for scale, part in zip(scales, filter(None, parts), strict=True)] or [b])
+    return torch.where(b >= 0, each, -each)
 
 
-def step(buffers: Sequence[Tensor], errors: Exact) -> Tensor:
-    """The compressed mean of doubles [n]; ``errors`` are updated."""
+def step(buffers: Sequence[Tensor], errors: Exact, parts: Sequence[int] | None = None) -> Tensor:
+    """The compressed mean of doubles [n]; ``errors`` are updated. An element's scale is that of its part, and behind
+    the server that of its part and chunk."""
     size, n = len(buffers), buffers[0].numel()
+    parts = [n] if parts is None else parts
     sent = []
     for rank, buffer in enumerate(buffers):
         b = buffer + errors.workers[rank]
-        sent.append(compress(b))
+        sent.append(compress(b, parts))
         errors.workers[rank] = b - sent[-1]
     c = torch.stack(sent).mean(0) + errors.server
     eighths = (n + 8 * size - 1) // (8 * size)
-    result = torch.cat([compress(part) for part in c.split(max(8 * eighths, 1))])
+    of = torch.arange(len(parts)).repeat_interleave(torch.tensor(parts, dtype=torch.int64)) * (size + 1)
+    pieces = (of + torch.arange(n) // max(8 * eighths, 1)).unique_consecutive(return_counts=True)[1].tolist()
+    result = compress(c, pieces)
     errors.server = c - result
     return result
 

@@ -16,6 +16,8 @@ from ops.errors import KernelError
 from tests.ops.compression.equations import noise
 
 SIZES = (0, 1, 7, 64, 1001)
+#: Of buffers of these sizes.
+PARTS = (None, (1,), (0, 2, 5), (63, 1), (10, 3, 0, 700, 1, 1, 286))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -32,13 +34,13 @@ def same_as_virtual_ranks(rank: int, size: int, device: str) -> None:
         for at in range(2):
             buckets = [data(n, at, rank, dtype, device) for n in SIZES]
             full = [data(5, at, rank, dtype, device), data(6, at, rank, torch.float32, device).view(2, 3).t()]
-            pending = [real.compressed_mean(*each) for each in zip(buckets, mine, strict=True)]
+            pending = [real.compressed_mean(*each) for each in zip(buckets, mine, PARTS, strict=True)]
             pending.insert(2, real.mean(full))
             assert all(bool(each.wait()) for each in pending[::-1])
             for n, bucket, index in zip(SIZES, buckets, range(len(SIZES)), strict=True):
                 others = [data(n, at, each, dtype, device) for each in range(size)]
                 for each, other in enumerate(others):
-                    virtual.ranks[each].compressed_mean(other, theirs[each][index])
+                    virtual.ranks[each].compressed_mean(other, theirs[each][index], PARTS[index])
                 assert torch.equal(bucket, others[0])
             for index, errors in enumerate(mine):
                 assert torch.equal(errors.worker, theirs[rank][index].worker)
@@ -66,7 +68,7 @@ def faults(rank: int, size: int, device: str) -> None:
     buffer = torch.ones(9, device=device)
     if rank == size - 1:
         buffer[0] = torch.nan
-    assert not collective.compressed_mean(buffer, errors).wait()
+    assert not collective.compressed_mean(buffer, errors, (5, 4)).wait()
     assert buffer.isnan().all()
     assert not errors.worker.any()
     assert not errors.server.any()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -19,8 +20,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def run(collective: SimulatedCollective, buffers: list[Tensor], errors: list[Errors]) -> list[Tensor]:
-    pending = [rank.compressed_mean(*each) for rank, *each in zip(collective.ranks, buffers, errors, strict=True)]
+def run(
+    collective: SimulatedCollective, buffers: list[Tensor], errors: list[Errors], parts: Sequence[int] | None = None
+) -> list[Tensor]:
+    given = zip(collective.ranks, buffers, errors, strict=True)
+    pending = [rank.compressed_mean(buffer, error, parts) for rank, buffer, error in given]
     return [each.wait() for each in pending]
 
 
@@ -28,14 +32,16 @@ def zeros(n: int, size: int, device: str = "cpu") -> list[Errors]:
     return [Errors.zeros(n, rank, size, device) for rank in range(size)]
 
 
-def check_steps(n: int, size: int, dtype: torch.dtype, device: str, steps: int = 3) -> None:
+def check_steps(
+    n: int, size: int, dtype: torch.dtype, device: str, steps: int = 3, parts: Sequence[int] | None = None
+) -> None:
     collective, errors, exact = SimulatedCollective(size), zeros(n, size, device), nothing_owed(n, size)
     for at in range(steps):
         # Sizes that differ between ranks, so that a mixed-up scale shows.
         buffers = [(noise(n, 100 * at + rank) * (1 + rank)).to(dtype) for rank in range(size)]
-        wanted = step([buffer.double() for buffer in buffers], exact)
+        wanted = step([buffer.double() for buffer in buffers], exact, parts)
         moved = [buffer.to(device) for buffer in buffers]
-        assert all(bool(sound) for sound in run(collective, moved, errors))
+        assert all(bool(sound) for sound in run(collective, moved, errors, parts))
         for buffer in moved:
             assert torch.equal(buffer, moved[0])
         # Rounding to the dtype; fp32 sums of n squares, whose errors mostly cancel, and of errors over a few steps.
@@ -52,6 +58,29 @@ def check_steps(n: int, size: int, dtype: torch.dtype, device: str, steps: int =
 @given(st.integers(0, 300), st.integers(1, 5), st.sampled_from(DTYPES))
 def test_any_size(n: int, size: int, dtype: torch.dtype) -> None:
     check_steps(n, size, dtype, "cpu")
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(st.lists(st.integers(0, 60), max_size=12), st.integers(1, 5), st.sampled_from(DTYPES))
+def test_any_parts(parts: list[int], size: int, dtype: torch.dtype) -> None:
+    """Also empty ones, none, and several in a byte or in a chunk."""
+    check_steps(sum(parts), size, dtype, "cpu", parts=parts)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("parts", [(9,), (3, 0, 70, 1, 1, 1), (5000, 0, 4096, 3, 8193), (0, 1, 12287, 0)])
+@pytest.mark.parametrize("size", [1, 3])
+def test_parts(size: int, parts: tuple[int, ...], device: str) -> None:
+    """Longer than a block of the kernels, cut by chunks, several in a byte."""
+    check_steps(sum(parts), size, torch.float32, device, parts=parts)
+
+
+@pytest.mark.parametrize(("parts", "small"), [(None, False), ((40,), False), ((21, 19), True)])
+def test_a_scale_is_a_part_s_own(parts: Sequence[int] | None, small: bool) -> None:
+    """Elements a millionth of their neighbours' size stay so."""
+    buffers = [noise(40, rank) * (torch.arange(40) < 21).float().clamp(min=1e-6) for rank in range(2)]
+    run(SimulatedCollective(2), buffers, zeros(40, 2), parts)
+    assert bool(buffers[0][21:].abs().max() < 1e-5) is small
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -74,16 +103,19 @@ def test_zero_is_positive(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("parts", [None, (3, 0, 3, 3)])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_fault_on_one_rank_is_seen_by_all_and_leaves_the_errors(bad: float, device: str) -> None:
+def test_a_fault_on_one_rank_is_seen_by_all_and_leaves_the_errors(
+    bad: float, parts: Sequence[int] | None, device: str
+) -> None:
     # Nine elements on three ranks: the last serves none.
     n, size = 9, 3
     collective, errors = SimulatedCollective(size), zeros(n, size, device)
-    run(collective, [noise(n, rank).to(device) for rank in range(size)], errors)
+    run(collective, [noise(n, rank).to(device) for rank in range(size)], errors, parts)
     before = [each.worker.clone() for each in errors] + [each.server.clone() for each in errors]
     buffers = [noise(n, rank).to(device) for rank in range(size)]
     buffers[1][4] = bad
-    assert not any(bool(sound) for sound in run(collective, buffers, errors))
+    assert not any(bool(sound) for sound in run(collective, buffers, errors, parts))
     assert all(bool(buffer.isnan().all()) for buffer in buffers)
     after = [each.worker for each in errors] + [each.server for each in errors]
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
@@ -153,6 +185,19 @@ def test_what_does_not_fit_is_refused() -> None:
         rank.compressed_mean(torch.zeros(6), Errors(errors.worker.half(), errors.server))
     with pytest.raises(KernelError, match=r"mean: a tensor is torch\.int64"):
         rank.mean([torch.zeros(3, dtype=torch.int64)])
+    for collective in (rank, SingleProcess()):
+        with pytest.raises(KernelError, match="the parts have 5 elements in all, the buffer 6"):
+            collective.compressed_mean(torch.zeros(6), errors, (2, 3))
+        with pytest.raises(KernelError, match="part 1 has -1 elements: use 0 or more"):
+            collective.compressed_mean(torch.zeros(6), errors, (7, -1))
+
+
+def test_ranks_whose_parts_differ_are_told() -> None:
+    collective, errors = SimulatedCollective(2), zeros(6, 2)
+    pending = collective.ranks[0].compressed_mean(torch.zeros(6), errors[0], (2, 4))
+    collective.ranks[1].compressed_mean(torch.zeros(6), errors[1], (4, 2))
+    with pytest.raises(KernelError, match="the ranks' buffers differ in their parts"):
+        pending.wait()
 
 
 def test_full_means_and_bytes() -> None:
@@ -166,6 +211,10 @@ def test_full_means_and_bytes() -> None:
         # 24 and 10 bytes, three quarters of each out twice; 100 elements are four chunks of 32, 4 bytes of signs.
         assert rank.sent.full == 36 + 15
         assert rank.sent.compressed == 3 * (4 + 4) * 2
+    run(collective, [torch.zeros(100) for _ in range(4)], zeros(100, 4), (10, 10, 70, 0, 10))
+    for rank in collective.ranks:
+        # Five scales there; back three, for the 10, 10 and 12 elements of the first chunk.
+        assert rank.sent.compressed == 3 * ((4 + 4) * 2 + (4 + 4 * 5) + (4 + 4 * 3))
 
 
 def test_ranks_in_threads_and_a_rank_that_does_not_come() -> None:

@@ -22,52 +22,35 @@ def exact_mean(parts: Arrays) -> np.ndarray:
 @dataclass
 class SignMean:
     """The error-compensated mean of signs of arrays of n elements, in two phases; ``bounds`` are those of the ranks'
-    chunks.
+    chunks, ``parts`` elements whose signs have a size of their own.
 
-    Each rank sends sign(b) and the root mean square of b = x + its error; each server does the same with the mean of
-    what it
-    got for its chunk.
+    Each rank sends sign(b) and, of each part, the root mean square of b = x + its error; each server does the same with
+    the mean of what it got for its chunk, and what of each part lies in it.
     """
 
     bounds: list[int]
+    parts: list[int]
     worker: list[np.ndarray] = field(init=False)
-    server: list[np.ndarray] = field(init=False)
+    server: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        ranks = len(self.bounds) - 1
-        self.worker = [np.zeros(self.bounds[-1]) for _ in range(ranks)]
-        self.server = [np.zeros(end - begin) for begin, end in zip(self.bounds, self.bounds[1:], strict=False)]
+        self.worker = [np.zeros(self.bounds[-1]) for _ in self.bounds[1:]]
+        self.server = np.zeros(self.bounds[-1])
 
     def __call__(self, parts: Arrays) -> np.ndarray:
         """The mean that all ranks get; the errors are updated."""
-        sent = [self._compressed(part + error) for part, error in zip(parts, self.worker, strict=True)]
+        ends = np.cumsum(self.parts)
+        sent = [self._compressed(part + error, ends) for part, error in zip(parts, self.worker, strict=True)]
         self.worker = [part + error - one for part, error, one in zip(parts, self.worker, sent, strict=True)]
-        found = []
-        for j, (begin, end) in enumerate(zip(self.bounds, self.bounds[1:], strict=False)):
-            mean = np.mean([one[begin:end] for one in sent], axis=0) + self.server[j]
-            out = self._compressed(mean)
-            self.server[j] = mean - out
-            found.append(out)
-        return np.concatenate(found)
+        mean = np.mean(sent, axis=0) + self.server
+        found = self._compressed(mean, np.union1d(ends, self.bounds))
+        self.server = mean - found
+        return found
 
     @staticmethod
-    def _compressed(values: np.ndarray) -> np.ndarray:
-        if not values.size:
-            return values
-        return np.sqrt(np.mean(values**2)) * np.where(values >= 0, 1.0, -1.0)
-
-
-@dataclass
-class Apart:
-    """A :class:`SignMean` for each parameter of arrays that hold them end to end: a size of signs for each."""
-
-    means: list[SignMean]
-
-    def __call__(self, parts: Arrays) -> np.ndarray:
-        """The means end to end."""
-        ends = np.cumsum([mean.bounds[-1] for mean in self.means])[:-1]
-        pieces = zip(*(np.split(part, ends) for part in parts), strict=True)
-        return np.concatenate([mean(piece) for mean, piece in zip(self.means, pieces, strict=True)])
+    def _compressed(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        pieces = [piece for piece in np.split(values, ends) if piece.size]
+        return np.concatenate([np.sqrt(np.mean(one**2)) * np.where(one >= 0, 1.0, -1.0) for one in pieces])
 
 
 @dataclass

@@ -16,7 +16,6 @@ from ops.compression.errors import chunk_of
 from ops.optimizers import LAMB, OneBitAdam, OneBitLamb, OptimizerError, ZeroOneAdam
 from ops.optimizers.compressed import CompressedOptimizer
 from tests.ops.optimizers.compressed_equations import (
-    Apart,
     Mean,
     PaperOneBitAdam,
     PaperOneBitLamb,
@@ -42,7 +41,7 @@ class Exact:
         """As it is."""
         return self._inner.mean(tensors)
 
-    def compressed_mean(self, buffer: Tensor, errors: Errors) -> Pending:
+    def compressed_mean(self, buffer: Tensor, errors: Errors, parts: Sequence[int] | None = None) -> Pending:
         """The mean."""
         return self._inner.mean([buffer])
 
@@ -50,11 +49,10 @@ class Exact:
 class Doubles(Exact):
     """Signs in double precision, as the equations are."""
 
-    def compressed_mean(self, buffer: Tensor, errors: Errors) -> Pending:
+    def compressed_mean(self, buffer: Tensor, errors: Errors, parts: Sequence[int] | None = None) -> Pending:
         """By the equations' own :class:`SignMean`, of which each process has one."""
-        chunk = chunk_of(buffer.numel(), self.size)
-        bounds = [min(i * chunk, buffer.numel()) for i in range(self.size + 1)]
-        mean = vars(errors).setdefault("paper", SignMean(bounds))
+        n = buffer.numel()
+        mean = vars(errors).setdefault("paper", SignMean(bounds_of(n, self.size), list(parts or [n])))
         given = [torch.zeros_like(buffer) for _ in range(self.size)]
         given[self.rank] = buffer * self.size
         self._inner.mean(given).wait()
@@ -122,7 +120,7 @@ def test_the_papers_equations(kind: str, ranks: int, freeze: int, signs: bool) -
     grads = gradients(14, ranks)
     wrap = Doubles if signs else Exact
     found = together(ranks, lambda one: trained(kind, wrap(one), grads, freeze_step=freeze, foreach=bool(one.rank % 2)))
-    of_signs = {"adam": signs_apart, "lamb": signs_of_one_size}[kind]
+    of_signs = {"adam": signs_of_each_size, "lamb": signs_of_one_size}[kind]
     mean: Mean = of_signs(ranks) if signs else exact_mean
     paper = {"adam": PaperOneBitAdam, "lamb": PaperOneBitLamb}[kind](
         [weight.numpy() for weight in started()], freeze, mean, decay=0.1
@@ -143,7 +141,7 @@ def test_the_equations_of_0_1_adam(ranks: int, freeze: int, signs: bool) -> None
     wrap = Doubles if signs else Exact
     options = {"var_freeze_step": freeze, "var_update_scaler": 2, "local_step_scaler": 3, "local_step_clipper": 4}
     found = together(ranks, lambda one: trained("zero_one", wrap(one), grads, **options))
-    means = (signs_apart(ranks), signs_apart(ranks)) if signs else (exact_mean, exact_mean)
+    means = (signs_of_each_size(ranks), signs_of_each_size(ranks)) if signs else (exact_mean, exact_mean)
     paper = PaperZeroOneAdam([weight.numpy() for weight in started()], ranks, freeze, means, decay=0.1)
     for step in grads:
         paper.step([[grad.numpy() for grad in rank] for rank in step], 0.01)
@@ -196,12 +194,12 @@ def bounds_of(count: int, ranks: int) -> list[int]:
 
 def signs_of_one_size(ranks: int) -> Mean:
     """Of all parameters together, whose momenta 1-bit LAMB brings to one size."""
-    return SignMean(bounds_of(COUNT, ranks))
+    return SignMean(bounds_of(COUNT, ranks), [COUNT])
 
 
-def signs_apart(ranks: int) -> Mean:
-    """Of each parameter, as DeepSpeed's are in fp32."""
-    return Apart([SignMean(bounds_of(weight.numel(), ranks)) for weight in started()])
+def signs_of_each_size(ranks: int) -> Mean:
+    """A size for each parameter, as DeepSpeed's are in fp32."""
+    return SignMean(bounds_of(COUNT, ranks), [weight.numel() for weight in started()])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -210,11 +208,12 @@ def test_a_parameter_of_small_gradients_keeps_its_steps(kind: str) -> None:
     freeze = {"var_freeze_step": 5} if kind == "zero_one" else {"freeze_step": 5}
 
     def run(one: GradientCollective) -> float:
-        weights = [nn.Parameter(torch.zeros(64)) for _ in range(2)]
+        # Of the one in the middle both ranks serve a part, beside a part of a neighbour.
+        weights = [nn.Parameter(torch.zeros(64)) for _ in range(3)]
         optimizer = KINDS[kind](weights, collective=one, lr=0.01, **freeze)
         generator = torch.Generator().manual_seed(one.rank)
         for _ in range(20):
-            for weight, size in zip(weights, (1.0, 1e-6), strict=True):
+            for weight, size in zip(weights, (1.0, 1e-6, 1.0), strict=True):
                 weight.grad = size * torch.randn(64, generator=generator)
             optimizer.step()
         return float(weights[1].detach().abs().max())

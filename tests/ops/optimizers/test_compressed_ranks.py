@@ -1,8 +1,9 @@
-"""Compressed optimizers on another number of processes than before, and where all come together."""
+"""Compressed optimizers on another number of processes than before, in several buckets, and where all come together."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ops.compression import Errors, GradientCollective, SingleProcess
+from ops.compression import Errors, GradientCollective, Pending, SingleProcess
 from ops.compression.errors import served
-from ops.optimizers import OneBitAdam, OptimizerError, ZeroOneAdam
+from ops.optimizers import OneBitAdam, OptimizerError, ZeroOneAdam, compressed, zero_one_adam
 from ops.optimizers.compressed import CompressedOptimizer
-from tests.ops.optimizers.test_compressed import KINDS, Exact, together
+from tests.ops.optimizers.test_compressed import COUNT, KINDS, Exact, gradients, together, trained
 
 #: Of ZeroOneAdam: alone for up to four steps from its third on.
 APART: dict[str, Any] = {"var_freeze_step": 2, "local_step_scaler": 1, "local_step_clipper": 4, "lr": 0.01}
@@ -179,3 +180,28 @@ def test_the_norm_that_is_clipped_by_is_told(freeze: int) -> None:
 
     assert together(2, partial(run, limit=0.1)) == pytest.approx([2.5 if freeze == 100 else 12.5**0.5] * 2)
     assert together(2, partial(run, limit=0.0)) == [None, None]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_buckets(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes together is a matter of the exchange: where that is exact, weights are the same."""
+    grads = gradients(14, 2)
+    options = {"var_freeze_step": 5, "local_step_scaler": 3} if kind == "zero_one" else {"freeze_step": 5}
+    asked: list[int] = []
+
+    class Watched(Exact):
+        def compressed_mean(self, buffer: Tensor, errors: Errors, parts: Sequence[int] | None = None) -> Pending:
+            asked.append(buffer.numel())
+            return super().compressed_mean(buffer, errors, parts)
+
+    def run() -> list[Tensor]:
+        return together(2, lambda one: trained(kind, Watched(one), grads, **options))[0]
+
+    whole = run()
+    assert set(asked) == {COUNT}
+    asked.clear()
+    for module in (compressed, zero_one_adam):
+        monkeypatch.setattr(module, "BUCKET_ELEMENTS", 30)
+    for mine, wanted in zip(run(), whole, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-12, atol=1e-14)
+    assert set(asked) == {35, 29}, "the first is larger than a bucket, the others are one"
