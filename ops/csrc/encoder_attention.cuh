@@ -4,7 +4,7 @@
 __device__ __forceinline__ ushort2 range(int row) { return ((const ushort2*)(memory + RANGES_AT))[row]; }
 
 // 16 queries of a head; each warp takes 32 keys of every 128, and the four put their results together.
-__device__ __forceinline__ void attend(const Block& b, const u16* qkv, int head, int row0) {
+__device__ __forceinline__ void attend(const Block& b, const u16* qkv, u16* attended, int head, int row0) {
     constexpr int BLOCKS32 = HEAD_DIM / 32, WORDS = HEAD_DIM / 8;
     const u16* base = qkv + head * HEAD_DIM;
     const int rows[2] = {row0 + b.quad, row0 + b.quad + 8};
@@ -120,14 +120,14 @@ __device__ __forceinline__ void attend(const Block& b, const u16* qkv, int head,
             for (int i = 0; i < 8; ++i) v[i] += weights[w] * sums[(16 * w + row) * HEAD_DIM + n + i];
 #pragma unroll
         for (int i = 0; i < 8; ++i) v[i] *= scale;
-        put_piece(b.attended + (size_t)(row0 + row) * HIDDEN + head * HEAD_DIM + n, narrow8(v));
+        put_piece(attended + (size_t)(row0 + row) * HIDDEN + head * HEAD_DIM + n, narrow8(v));
     }
     consumers_sync();   // the scratch is used again
 }
 
-__device__ __forceinline__ void attention(const Block& b, const u16* qkv) {
+__device__ __forceinline__ void attention(const Block& b, const u16* qkv, u16* attended) {
     consumers_sync();   // the scratch was the product's
     const int units = HEADS * ceil_div(b.rows, 16);
 #pragma unroll 1
-    for (int unit = b.id; unit < units; unit += BLOCKS) attend(b, qkv, unit % HEADS, unit / HEADS * 16);
+    for (int unit = b.id; unit < units; unit += BLOCKS) attend(b, qkv, attended, unit % HEADS, unit / HEADS * 16);
 }

@@ -52,8 +52,9 @@ struct Block {
     u32 stage, parity;
     const Map* maps;        // of each layer's four weights
     const u64* pointers;    // LAYER_POINTERS a layer
-    u16 *normed, *middle, *attended, *activations;   // x of QKV, up, projection and down
-    u16* both_qkv;          // of even and odd layers
+    u16 *normed, *middle, *attended, *activations;   // x of QKV, up, projection and down: of even and odd layers
+    u16* three_qkv;         // of three layers in turn
+    u16* result;
     float* partials;        // [OUT_SPLIT + DOWN_SPLIT][rows][HIDDEN]
     int rows;
     static __device__ __forceinline__ u32 address(int at) { return shared_address(memory) + at; }
@@ -67,7 +68,14 @@ struct Block {
     __device__ __forceinline__ float* sums_of(int kind, int part) const {
         return partials + (size_t)((kind == DOWN ? OUT_SPLIT : 0) + part) * (ROW_TILES * TILE * HIDDEN);
     }
-    __device__ __forceinline__ u16* qkv(int layer) const { return both_qkv + (size_t)(layer & 1) * (ROW_TILES * TILE * QKV_SIZE); }
+    static __device__ __forceinline__ size_t turn(int layer, int columns) { return (size_t)(layer & 1) * (ROW_TILES * TILE) * columns; }
+    __device__ __forceinline__ u16* normed_of(int layer) const { return layer < LAYERS ? normed + turn(layer, HIDDEN) : result; }
+    __device__ __forceinline__ u16* middle_of(int layer) const { return middle + turn(layer, HIDDEN); }
+    __device__ __forceinline__ u16* attended_of(int layer) const { return attended + turn(layer, HIDDEN); }
+    __device__ __forceinline__ u16* activations_of(int layer) const { return activations + turn(layer, FFN); }
+    __device__ __forceinline__ u16* qkv_of(int layer) const {
+        return three_qkv + (size_t)(layer % 3) * (ROW_TILES * TILE * QKV_SIZE);
+    }
 };
 
 __device__ __forceinline__ void consumers_sync() { named_sync<1, CONSUMERS>(); }
@@ -78,10 +86,11 @@ __device__ __forceinline__ void consumers_sync() { named_sync<1, CONSUMERS>(); }
 //   - its sums depend on all of attention's results of the 64 rows that are multiplied together, those on QKV's results of all
 //     rows of their sequences (a row of none is a sequence by itself), and those on the rows that QKV read. So once they are
 //     there, QKV has read its x, and the projection what attention gave. In the same way up and down;
-//   - another row of the sequence may be about to read keys and values still, but no longer those of the layer before: two
-//     layers in turn have room of their own.
-// The norm after that stands between what was put back and who writes there next, who has read its rows: the two kinds of norm
-// have sums of their own.
+//   - keys and values others of the sequence may be about to read still, but no longer those of the layer before.
+// Who reads must not take what lies there of a layer before, which may not have been put back: a block that has a part of one
+// product only has seen nothing since. So a layer uses other room than the one before. The norm behind the one that puts back
+// tells of it: it fences, and who comes to a layer has read rows that depend on its rows. That is a layer later, and for keys and
+// values two.
 
 constexpr u32 NOTHING = ~0u;
 

@@ -96,21 +96,22 @@ __device__ __forceinline__ void find_sequences(const Block& b, const int* starts
 
 __device__ __forceinline__ void consume_all(Block& b, u32* arrivals, u32 reached) {
     for (int layer = 0; layer < LAYERS; ++layer) {
-        u16* qkv = b.qkv(layer);
-        whole_product<QKV>(b, layer, b.normed, layer > 0, qkv);
-        attention(b, qkv);
+        u16 *normed = b.normed_of(layer), *middle = b.middle_of(layer), *qkv = b.qkv_of(layer), *attended = b.attended_of(layer);
+        u16* activations = b.activations_of(layer);
+        whole_product<QKV>(b, layer, normed, layer > 0, qkv);
+        attention(b, qkv, attended);
         if (layer == LAYERS - 1 && b.thread == 0) add_one(arrivals);
-        split_product<OUT>(b, b.attended);
-        add_and_norm<OUT>(b, b.normed, b.middle, b.constant(layer, OUT_BIAS), b.constant(layer, NORM1_WEIGHT),
-                                b.constant(layer, NORM1_BIAS), [&](int row) {
-            forget(b, b.attended + (size_t)row * HIDDEN, HIDDEN / 8);
-            if (layer) forget(b, b.qkv(layer - 1) + (size_t)row * QKV_SIZE, QKV_SIZE / 8);
+        split_product<OUT>(b, attended);
+        add_and_norm<OUT>(b, normed, middle, b.constant(layer, OUT_BIAS), b.constant(layer, NORM1_WEIGHT),
+                          b.constant(layer, NORM1_BIAS), [&](int row) {
+            forget(b, attended + (size_t)row * HIDDEN, HIDDEN / 8);
+            if (layer) forget(b, b.qkv_of(layer - 1) + (size_t)row * QKV_SIZE, QKV_SIZE / 8);
         });
-        whole_product<UP>(b, layer, b.middle, true, b.activations);
-        split_product<DOWN>(b, b.activations);
-        add_and_norm<DOWN>(b, b.middle, b.normed, b.constant(layer, DOWN_BIAS), b.constant(layer, NORM2_WEIGHT),
-                                 b.constant(layer, NORM2_BIAS), [&](int row) {
-            forget(b, b.activations + (size_t)row * FFN, FFN / 8);
+        whole_product<UP>(b, layer, middle, true, activations);
+        split_product<DOWN>(b, activations);
+        add_and_norm<DOWN>(b, middle, b.normed_of(layer + 1), b.constant(layer, DOWN_BIAS), b.constant(layer, NORM2_WEIGHT),
+                           b.constant(layer, NORM2_BIAS), [&](int row) {
+            forget(b, activations + (size_t)row * FFN, FFN / 8);
         });
     }
     // The last layer's keys and values: all blocks have read them.
@@ -119,18 +120,18 @@ __device__ __forceinline__ void consume_all(Block& b, u32* arrivals, u32 reached
         while ((int)(read_count(arrivals) - reached) < 0) dog.tick();
     }
     consumers_sync();
-    for (int row = b.id; row < b.rows; row += BLOCKS) forget(b, b.qkv(LAYERS - 1) + (size_t)row * QKV_SIZE, QKV_SIZE / 8);
+    for (int row = b.id; row < b.rows; row += BLOCKS) forget(b, b.qkv_of(LAYERS - 1) + (size_t)row * QKV_SIZE, QKV_SIZE / 8);
 }
 
 // `turns` is where the last launch left the counter of arrivals, for each block: the same for all.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 persistent_encoder(const Map* maps, const u64* pointers, u16* normed, u16* middle, u16* qkv, u16* attended, u16* activations,
-                   float* partials, u32* arrivals, u32* turns, const int* starts, int sequences, int rows) {
+                   float* partials, u16* result, u32* arrivals, u32* turns, const int* starts, int sequences, int rows) {
     Block b;
     b.id = blockIdx.x, b.thread = threadIdx.x, b.warp = __shfl_sync(~0u, threadIdx.x / 32, 0), b.lane = threadIdx.x % 32;
     b.quad = b.lane / 4, b.place = b.lane % 4, b.stage = b.parity = 0;
-    b.maps = maps, b.pointers = pointers, b.normed = normed, b.middle = middle, b.both_qkv = qkv, b.attended = attended;
-    b.activations = activations, b.partials = partials, b.rows = rows;
+    b.maps = maps, b.pointers = pointers, b.normed = normed, b.middle = middle, b.three_qkv = qkv, b.attended = attended;
+    b.activations = activations, b.partials = partials, b.result = result, b.rows = rows;
     if (b.thread == 0) {
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(b.address(FULL_AT) + 8 * i, 1);

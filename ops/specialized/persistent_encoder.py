@@ -134,7 +134,9 @@ class Layout:
             if not units.every_part_has_a_tile(k):
                 raise KernelError(f"the persistent encoder: {k} columns are too few for {units.split} parts")
         stage = 128 * max(qkv.wide, out.wide, up.wide, down.wide)
-        steps = max(units.steps(k) for units, k in zip((qkv, out, up, down), (*3 * (spec.hidden,), spec.ffn), strict=True))
+        steps = max(
+            units.steps(k) for units, k in zip((qkv, out, up, down), (*3 * (spec.hidden,), spec.ffn), strict=True)
+        )
         stages = min(ring_bytes(spec, rows, steps) // stage, MOST_STAGES)
         if stages < FEWEST_STAGES or stages * stage < 128 * TILE:
             raise KernelError(f"the persistent encoder's shared memory does not hold {spec.hidden} columns")
@@ -267,11 +269,9 @@ class EncoderRoom:
         def nothing(halves: int) -> Tensor:
             return torch.full((ceil_div(halves, 2),), NOTHING, dtype=torch.int32, device=device)
 
-        self.embedded, self.normed = (
-            torch.zeros(rows, spec.hidden, dtype=like.dtype, device=device) for _ in range(2)
-        )
-        self.middle, self.attended = nothing(rows * spec.hidden), nothing(rows * spec.hidden)
-        self.activations, self.qkv = nothing(rows * spec.ffn), nothing(2 * rows * 3 * spec.hidden)
+        self.embedded, self.result = (torch.zeros(rows, spec.hidden, dtype=like.dtype, device=device) for _ in range(2))
+        self.normed, self.middle, self.attended = (nothing(2 * rows * spec.hidden) for _ in range(3))
+        self.activations, self.qkv = nothing(2 * rows * spec.ffn), nothing(3 * rows * 3 * spec.hidden)
         self.statistics = torch.zeros(2 * rows * ceil_div(spec.hidden, TILE), dtype=torch.float32, device=device)
         self.arrivals = torch.zeros(1, dtype=torch.int32, device=device)
         self.turns = torch.zeros(self.blocks, dtype=torch.int32, device=device)
@@ -289,9 +289,9 @@ class EncoderRoom:
                 linears = (layer.qkv, layer.out, layer.up, layer.down)
                 for linear, units in zip(linears, layout.units, strict=True):
                     maps.append(driver.tile_map(linear_parts(linear)[0], units.wide))
-            device = self.normed.device
+            device = self.result.device
             with torch.cuda.device(device):
-                kernel = compile_kernel(source(spec, layout, self.normed.dtype))
+                kernel = compile_kernel(source(spec, layout, self.result.dtype))
             table = torch.frombuffer(bytearray(b"".join(maps)), dtype=torch.uint8).to(device)
             sums = (layout.out.split + layout.down.split) * layout.row_tiles * TILE * spec.hidden
             partials = torch.full((sums,), NOTHING, dtype=torch.int32, device=device)
@@ -321,31 +321,32 @@ class PersistentForward:
         """The hidden states behind the last norm [rows, hidden], in a buffer that the next call overwrites."""
         self._embed()
         self._launch()
-        return self.room.normed[: self.place.rows]
+        return self.room.result[: self.place.rows]
 
     def first_rows(self) -> Tensor:
         """The first row of each sequence behind the last norm; of sequences that are not there, rows of no meaning."""
-        return self.room.normed.index_select(0, self.buffers.starts[: self.place.sequences])
+        return self.room.result.index_select(0, self.buffers.starts[: self.place.sequences])
 
     def _embed(self) -> None:
         spec, room, embed, rows = self.spec, self.room, self.weights.embed, self.place.rows
         parts = ceil_div(spec.hidden, TILE)
-        out = room.normed[:rows] if embed.norm is None else room.embedded[:rows]
+        normed = room.normed.view(room.result.dtype).view(-1, spec.hidden)[:rows]
+        out = normed if embed.norm is None else room.embedded[:rows]
         statistics = Statistics(room.statistics[: 2 * rows * parts].view(2, rows, parts), TILE)
         embed_step(spec, embed, self.buffers, self.place, out=out, statistics=statistics)
         if embed.norm is not None:
             norm = embed.norm
-            norm_rows(out, norm.weight, norm.bias, spec.norm, spec.norm_eps, out=room.normed[:rows])
+            norm_rows(out, norm.weight, norm.bias, spec.norm, spec.norm_eps, out=normed)
 
     def _launch(self) -> None:
         import cupy
 
-        room, device = self.room, self.room.normed.device
+        room, device = self.room, self.room.result.device
         pointers = [
             one.data_ptr()
             for one in (
                 self._kernel.maps, room.pointers, room.normed, room.middle, room.qkv, room.attended, room.activations,
-                self._kernel.partials, room.arrivals, room.turns, self.buffers.starts,
+                self._kernel.partials, room.result, room.arrivals, room.turns, self.buffers.starts,
             )
         ]  # fmt: skip
         arguments = (*pointers, cupy.int32(self.place.sequences), cupy.int32(self.place.rows))

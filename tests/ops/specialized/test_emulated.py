@@ -128,11 +128,12 @@ def encoded(
     sources = [persistent.text_of(name) for name in persistent_encoder.SOURCES]
     padded = 64 * layout.row_tiles
     library = emulator.load(persistent_encoder.macros(one, layout, dtype), sources, "encoder_main.h", folder)
-    normed, first = torch.zeros(padded, one.hidden, dtype=dtype), embedded(one, weights, inputs).to(dtype)
-    sizes = (padded * one.hidden, 6 * padded * one.hidden, padded * one.hidden, padded * one.ffn)
-    exchanged = [torch.full((size // 2,), -1, dtype=torch.int32) for size in sizes]
+    first = embedded(one, weights, inputs).to(dtype)
+    halves = (2 * one.hidden, 2 * one.hidden, 9 * one.hidden, 2 * one.hidden, 2 * one.ffn)
+    exchanged = [torch.full((padded * each // 2,), -1, dtype=torch.int32) for each in halves]
     parts = layout.out.split + layout.down.split
     exchanged.append(torch.full((parts * padded * one.hidden,), -1, dtype=torch.int32))
+    result = torch.zeros(padded, one.hidden, dtype=dtype)
     arrivals = torch.tensor([-2], dtype=torch.int32)  # passes zero on its way
     turns = arrivals.repeat(layout.blocks)
     starts = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(torch.int32)
@@ -143,14 +144,15 @@ def encoded(
             weight = addresses.linear_parts(linear)[0]
             maps.append([weight.data_ptr(), *weight.shape, units.wide])
     words = [addresses.address(part) for layer in weights.layers for part in persistent_encoder._constants(layer)]
-    tensors = (torch.tensor(maps), torch.tensor(words), normed, *exchanged, arrivals, turns, starts)
+    tensors = (torch.tensor(maps), torch.tensor(words), *exchanged, result, arrivals, turns, starts)
     for _ in range(2):
-        normed.zero_()
-        normed[: sum(lengths)] = first
+        given = exchanged[0].view(dtype).view(2 * padded, one.hidden)[:rows]
+        given.zero_()
+        given[: sum(lengths)] = first
         assert library.run(*map(address, tensors), len(lengths), rows) == 0, "a wait never ends"
         assert turns.eq(arrivals).all()
         assert all(buffer.eq(-1).all() for buffer in exchanged), "the next launch finds nothing"
-        test_encoder.assert_close(normed[: sum(lengths)], test_encoder.exact(one, inputs).hidden, dtype)
+        test_encoder.assert_close(result[: sum(lengths)], test_encoder.exact(one, inputs).hidden, dtype)
     assert int(arrivals[0]) == 2 * layout.blocks - 2
 
 
@@ -173,3 +175,11 @@ def test_blocks_without_a_part_and_blocks_with_several(tmp_path: Path) -> None:
     """And a ring that is shorter than a unit, columns that are no multiple of a unit's, and parts that are uneven."""
     cut = Layout.cut(SMALL, 112, 11, Units(40, 1), Units(48, 2), Units(16, 1), Units(56, 2))
     encoded(SMALL, (100,), 112, HALF, replace(cut, stages=4), tmp_path)
+
+
+@pytest.mark.parametrize("narrow", range(4))
+def test_blocks_with_a_part_of_one_product_only(narrow: int, tmp_path: Path) -> None:
+    """They see nothing of the phases between, and must not take what lies there of a layer before."""
+    one = replace(SMALL, hidden=256, heads=8, kv_heads=8, ffn=384, layers=5)
+    cuts = [Units(16, product % 2 + 1) if product == narrow else Units(128, 1) for product in range(4)]
+    encoded(one, (10, 6), 16, HALF, Layout.cut(one, 16, 40, *cuts), tmp_path)

@@ -12,7 +12,7 @@ import torch
 from ops.errors import IdError, KernelError
 from ops.spec import LearnedPositions, ModelSpec
 from ops.specialized import persistent_encoder
-from ops.specialized.persistent_encoder import Layout, PersistentEncoder, Units, ceil_div, source, structure
+from ops.specialized.persistent_encoder import Layout, PersistentEncoder, Units, source, structure
 from tests.ops.specialized.nvrtc import compile_log
 from tests.ops.specialized.test_encoder import ENCODER, assert_close, batch, exact, packed
 
