@@ -180,6 +180,6 @@ def test_blocks_without_a_part_and_blocks_with_several(tmp_path: Path) -> None:
 @pytest.mark.parametrize("narrow", range(4))
 def test_blocks_with_a_part_of_one_product_only(narrow: int, tmp_path: Path) -> None:
     """They see nothing of the phases between, and must not take what lies there of a layer before."""
-    one = replace(SMALL, hidden=256, heads=8, kv_heads=8, ffn=384, layers=5)
+    one = replace(SMALL, hidden=256, heads=8, kv_heads=8, ffn=384, layers=4)
     cuts = [Units(16, product % 2 + 1) if product == narrow else Units(128, 1) for product in range(4)]
     encoded(one, (10, 6), 16, HALF, Layout.cut(one, 16, 40, *cuts), tmp_path)
