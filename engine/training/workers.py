@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from engine.errors import EngineError
+from engine.training.ranks import in_seconds
 from engine.training.worker_process import GRACE, WorkerProcess
 
 T = TypeVar("T")
@@ -99,7 +100,8 @@ class Workers:
         self._await("imported")
         hook = sys.excepthook
         with self._at_work():
-            dist.init_process_group(self._backend, store=store, rank=0, world_size=size)
+            timeout = in_seconds(setup["timeout"])
+            dist.init_process_group(self._backend, store=store, rank=0, world_size=size, timeout=timeout)
             self._group = dist.group.WORLD
         sys.excepthook = hook  # torch's puts a rank before each line, of a script's own errors too
         self._await("ready")

@@ -32,8 +32,8 @@ def with_job(**job: object) -> dict[str, object]:
 
 TRAINING_KEYS = (
     "train_batch_size, micro_batch_size, accumulation_steps, max_steps, epochs, clip_norm, seed, "
-    "activation_checkpointing, compile, processes, data_parallel, gradient_exchange, power_sgd, loss_scale, output, "
-    "checkpoint_every, keep_checkpoints, resume, evaluate_every, log_every, tensorboard"
+    "activation_checkpointing, compile, processes, exchange_timeout, data_parallel, gradient_exchange, power_sgd, "
+    "loss_scale, output, checkpoint_every, keep_checkpoints, resume, evaluate_every, log_every, tensorboard"
 )
 
 GOLDEN: dict[str, tuple[object, list[str]]] = {
