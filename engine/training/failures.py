@@ -10,6 +10,7 @@ either: no such call is made by a thread that others wait for without end.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import sys
@@ -38,16 +39,24 @@ class Pulse(Thread):
 
     def __init__(self, store: Any, rank: int) -> None:
         super().__init__(name="slipstream-pulse", daemon=True)
-        self.store, self._rank = store, rank
+        self.store, self._rank, self._over = store, rank, Event()
+        # A thread that comes back from torch while the interpreter is being taken down aborts the process.
+        atexit.register(self.end)
 
     def run(self) -> None:
         """Until the store has gone."""
         try:
-            while True:
+            while not self._over.is_set():
                 self.store.add(_count_of(self._rank), 1)
-                time.sleep(LOOK)
+                self._over.wait(LOOK)
         except RuntimeError:
             return
+
+    def end(self) -> None:
+        """No more. Does not wait for a store that does not answer."""
+        self._over.set()
+        self.join(LOOK)
+        atexit.unregister(self.end)
 
 
 def begin_pulse() -> None:
@@ -55,6 +64,8 @@ def begin_pulse() -> None:
     global _pulse
     store = dist.distributed_c10d._get_default_store()
     if _pulse is None or _pulse.store is not store:
+        if _pulse is not None:
+            _pulse.end()
         _pulse = Pulse(store, dist.get_rank())
         _pulse.start()
 

@@ -4,6 +4,8 @@ run goes on from its checkpoint as if nothing had been."""
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -30,18 +32,26 @@ def link(network: Network, host: int, state: str) -> None:
     subprocess.run(["ip", "-n", network.names[host], "link", "set", INTERFACE, state], check=True)
 
 
+PIPES: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+
+def environment(rank: int, size: int, address: str, port: int, **more: str) -> dict[str, str]:
+    """As torchrun sets it."""
+    given = {
+        "RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": size, "MASTER_ADDR": address, "MASTER_PORT": port,
+        "OMP_NUM_THREADS": 1, "PYTHONPATH": PYTHONPATH, **more,
+    }  # fmt: skip
+    return {**os.environ, **{name: str(value) for name, value in given.items()}}
+
+
 def begin(network: Network, *arguments: str) -> list[subprocess.Popen[str]]:
     """The script on all hosts."""
-    found, hosts = [], len(network.names)
-    for rank in range(hosts):
-        given = {
-            "RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": hosts, "MASTER_ADDR": network.addresses[0],
-            "MASTER_PORT": 29500, "GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": 1, "PYTHONPATH": PYTHONPATH,
-        }  # fmt: skip
-        environment = {**os.environ, **{name: str(value) for name, value in given.items()}}
-        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        found.append(network.start(rank, [sys.executable, cut_link.__file__, *arguments], environment, **pipes))
-    return found
+    size, address = len(network.names), network.addresses[0]
+    argv = [sys.executable, cut_link.__file__, *arguments]
+    return [
+        network.start(rank, argv, environment(rank, size, address, 29500, GLOO_SOCKET_IFNAME=INTERFACE), **PIPES)
+        for rank in range(size)
+    ]
 
 
 def ended(processes: list[subprocess.Popen[str]], seconds: float) -> list[tuple[int, str]]:
@@ -83,3 +93,26 @@ def test_a_cut_link(tmp_path: Path, hosts: int, cut: int, kind: str, seen: list[
         assert again == [(0, "")] * 2
         assert len(lines(whole)) == last + MORE
         assert lines(run) == lines(whole)
+
+
+@pytest.mark.parametrize(("number", "loop"), [(signal.SIGKILL, "run"), (signal.SIGSTOP, "-")], ids=["gone", "stopped"])
+def test_a_process_that_does_not_answer(tmp_path: Path, number: signal.Signals, loop: str) -> None:
+    """In a run, and in a loop of one's own, with nobody to watch the processes from outside."""
+    output = str(tmp_path / "run") if loop == "run" else loop
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    argv = [sys.executable, cut_link.__file__, "OneBitAdam", str(MANY), output]
+    one, other = (subprocess.Popen(argv, env=environment(rank, 2, "127.0.0.1", port), **PIPES) for rank in range(2))
+    try:
+        if loop == "run":
+            wait_for(partial(has_steps, tmp_path / "run" / "metrics.jsonl", 12))
+        else:
+            assert one.stdout is not None
+            assert one.stdout.readline() == "signs\n"
+        other.send_signal(number)
+        said = ended([one], cut_link.TIMEOUT + END)
+    finally:
+        for process in (one, other):
+            process.kill()
+            process.communicate()
+    assert said == [(2, "rank 0 ends because rank 1 does not answer: gone, standing still, or behind a cut link\n")]
