@@ -268,6 +268,7 @@ def test_one_process_has_nothing_to_compress(kind: str, caplog: pytest.LogCaptur
     never = {"var_freeze_step": 99, "var_update_scaler": 99} if kind == "zero_one" else {"freeze_step": 99}
     assert same(go_on(optimizer, 0, 9), go_on(begun(SingleProcess(), kind, **never), 0, 9))
     assert not optimizer.frozen
+    assert optimizer.verdict == Verdict(0.0, 0.0, 1), "nothing was measured"
     said = "one process has nothing to compress: the warm-up goes on"
     assert [record.getMessage() for record in caplog.records] == [f"{type(optimizer).__name__}: {said}"]
 
@@ -293,6 +294,23 @@ def test_0_1_adam_leaves_its_intervals(clock: threading.local) -> None:
 
     states = together(2, saved)
     assert together(3, partial(resumed, states=states)) == [[False, True] + [True] * 5] * 3
+
+
+def test_0_1_adam_asks_again_among_others(clock: threading.local) -> None:
+    """Long behind the step at which two had asked."""
+
+    def saved(one: GradientCollective) -> Any:
+        optimizer = begun(Timed(one, clock, *SLOW), "zero_one", var_freeze_step=99)
+        go_on(optimizer, 0, 5)
+        return copy.deepcopy(optimizer.state_dict())
+
+    def resumed(one: GradientCollective, states: list[Any]) -> int:
+        optimizer = begun(Timed(one, clock, *FAST), "zero_one", var_freeze_step=99)
+        optimizer.load_state_dict(states[0])
+        go_on(optimizer, 5, 6)
+        return optimizer._interval  # type: ignore[attr-defined,no-any-return]
+
+    assert together(3, partial(resumed, states=together(2, saved))) == [2] * 3
 
 
 def test_a_variance_that_stands_is_asked_of(clock: threading.local) -> None:
