@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.netns import INTERFACE, Network
+from engine.errors import is_of_exchange
 from engine.training.checkpoint import Checkpoints
 from tests.conftest import PYTHONPATH
 from tests.engine.training import cut_link
@@ -59,6 +61,20 @@ def ended(processes: list[subprocess.Popen[str]], seconds: float) -> list[tuple[
     last = time.monotonic() + seconds
     said = [process.communicate(timeout=max(last - time.monotonic(), 0.1))[0] for process in processes]
     return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 5000ms for recv", True),
+        ("Application timeout caused pair closure", True),
+        ("mat1 and mat2 shapes cannot be multiplied (2x6 and 5x6)", False),
+    ],
+)
+def test_what_is_of_an_exchange(text: str, wanted: bool) -> None:
+    """Gloo's words are all that tells; torch's own errors of the network have a class."""
+    assert is_of_exchange(RuntimeError(text)) == wanted
+    assert is_of_exchange(torch.distributed.DistNetworkError(text))
 
 
 @pytest.mark.netns
