@@ -68,6 +68,10 @@ class Compressed(Adaptive):
     weight_decay: NotNegative = 0.0
     """Decoupled from the gradient; biases and norms' weights are left out."""
 
+    compression: Literal["always", "auto"] = "always"
+    """Exchange signs once the warm-up is over; "auto" measures then whether that is faster than gradients in full, and
+    goes on with the warm-up for good where it is not."""
+
     max_grad_norm: NotNegative = 0.0
     """Another name of training.clip_norm, for all processes together; 0 is none."""
 

@@ -67,6 +67,10 @@ class Training(Section):
     """Processes that train together, which a plain python starts by itself; "auto" is one for each visible GPU (one on
     a CPU). Without it one, or as many as torchrun has started."""
 
+    exchange_timeout: Positive | None = None
+    """Seconds that a process waits for the others in an exchange before the run ends; longer than all that one does by
+    itself between two. Without it torch's: 1800 on CPUs (Gloo), 600 on GPUs (NCCL)."""
+
     data_parallel: Literal["auto", "replicate", "shard"] = "auto"
     """With several processes: a copy of the model each, or a part of each weight (FSDP2)."""
 

@@ -46,15 +46,15 @@ class Link:
     def failed(self, error: Exception) -> None:
         """Tells it what went wrong here, or that an exchange did because something went wrong elsewhere."""
         from config_schema import SlipstreamError
+        from engine.errors import is_of_exchange
 
         text = str(error)
-        network = any(one.__name__ == "DistError" for one in type(error).__mro__)
         self.tell(
             "failed",
             type=type(error).__name__,
             text=text,
             user_error=isinstance(error, SlipstreamError),
-            exchange=network or "/gloo/" in text,
+            exchange=is_of_exchange(error),
             traceback="".join(traceback.format_exception(error)),
         )
 
@@ -102,6 +102,7 @@ def _engine(setup: dict[str, Any], link: Link) -> Engine:
     import torch.distributed as dist
 
     from engine.engine import Engine
+    from engine.training.ranks import in_seconds
     from engine.training.team import compute_as, follow
 
     compute_as(setup["arithmetic"])
@@ -110,7 +111,9 @@ def _engine(setup: dict[str, Any], link: Link) -> Engine:
     if setup["backend"] == "nccl":
         torch.cuda.set_device(rank)
     store = dist.TCPStore(host, port, world)  # type: ignore[attr-defined]
-    dist.init_process_group(setup["backend"], store=store, rank=rank, world_size=world)
+    dist.init_process_group(
+        setup["backend"], store=store, rank=rank, world_size=world, timeout=in_seconds(setup["timeout"])
+    )
     engine = Engine(setup["config"])
     follow(engine, setup["model"])
     return engine

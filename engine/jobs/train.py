@@ -12,6 +12,7 @@ from engine.training.ranks import ranks
 if TYPE_CHECKING:
     from engine.engine import Engine
     from engine.training.fit import Summary
+    from ops.optimizers.pays import Verdict
 
 
 def run(engine: Engine, job: TrainJob, console: Console) -> None:
@@ -35,6 +36,15 @@ def _facts(found: Summary) -> list[tuple[str, str]]:
     rows += [(f"eval {name}", f"{value:.4g}") for name, value in found.figures.items()]
     if found.layers is not None and found.expected is not None:
         rows.append(("layers run, mean", f"{found.layers:.2f} (by the formula {found.expected:.2f})"))
+    if found.exchange is not None:
+        rows.append(("exchange", _told(found.exchange)))
     if found.checkpoint is not None:
         rows.append(("checkpoint", str(found.checkpoint)))
     return rows
+
+
+def _told(verdict: Verdict) -> str:
+    if verdict.size == 1:
+        return "one process: nothing to compress"
+    chosen = "as signs" if verdict.pays else "in full"
+    return f"{chosen} ({verdict.full:.3g} s in full, {verdict.compressed:.3g} s as signs)"

@@ -49,14 +49,17 @@ class TrainingPlan:
     def __init__(self, config: Config) -> None:
         assert config.training is not None, "the engine asks only then"
         self.config, self.settings = config, config.training
-        self.resolver = Resolver()
+        self.resolver, settings = Resolver(), self.settings
         device = device_of(config, self.resolver)
         started = launched()
         self.world = self._processes(device, started)
         self.starts = started is None and self.world > 1
-        self.device = torch.device("cuda", 0) if self.starts and device.type == "cuda" else join(device)
+        self.device = (
+            torch.device("cuda", 0)
+            if self.starts and device.type == "cuda"
+            else join(device, settings.exchange_timeout)
+        )
         self.mode = self._mode()
-        settings = self.settings
         self.sizes = resolve_batch_sizes(
             settings.train_batch_size, settings.micro_batch_size, settings.accumulation_steps, self.world
         )

@@ -22,6 +22,7 @@ from engine.training.failures import failing_together
 from engine.training.loop import NoNumber, StepReport
 from engine.training.metrics_log import MetricsLog
 from engine.training.trainer import Trainer
+from ops.optimizers.pays import Verdict
 
 log = logging.getLogger("slipstream.training")
 
@@ -35,7 +36,8 @@ class Summary:
 
     steps: optimizer steps in all; begun: the step at which this run began. samples, seconds: since then, over all
     processes. loss: of the last step. figures: of the last evaluation. layers, expected: mean number of layers that
-    ran, and the formula's, where layers were dropped. checkpoint: the last one. stopped: by a signal.
+    ran, and the formula's, where layers were dropped. exchange: what a compressed optimizer has measured, and decided,
+    where it was to. checkpoint: the last one. stopped: by a signal.
     """
 
     steps: int
@@ -46,6 +48,7 @@ class Summary:
     figures: Mapping[str, float] = field(default_factory=dict)
     layers: float | None = None
     expected: float | None = None
+    exchange: Verdict | None = None
     checkpoint: Path | None = None
     stopped: bool = False
 
@@ -223,6 +226,7 @@ class _Run:
             figures=self.figures,
             layers=layers / count if count else None,
             expected=expected / count if count else None,
+            exchange=self.trainer.exchange,
             checkpoint=self.saved,
             stopped=self._stopped(),
         )

@@ -6,24 +6,29 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import ClassVar, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.errors import EngineError
 from engine.training.block_stack import find_stack
+from engine.training.failures import begin_pulse
 from engine.training.feature import Feature, Progress
 from engine.training.gradient_exchange import Exchange, exchange_by
-from engine.training.ranks import ranks
+from engine.training.ranks import in_seconds, ranks
 from engine.training.workers import live
 from ops.compression.collective import all_finite
 
 #: Bytes of gradients that are averaged at a time.
 BUCKET_BYTES = 25 * 2**20
+#: For all processes to come; as long as torch waits.
+JOIN = timedelta(minutes=30)
 
 
 def launched() -> int | None:
@@ -36,19 +41,34 @@ def launched() -> int | None:
     return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
 
 
-def join(device: torch.device) -> torch.device:
-    """Joins the processes that torchrun started, if it did; this process's device. A GPU each, NCCL; on CPUs Gloo."""
-    if not dist.is_available() or "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+def join(device: torch.device, timeout: float | None = None) -> torch.device:
+    """Joins the processes that torchrun started, if it did; this process's device. A GPU each, NCCL; on CPUs Gloo.
+    ``timeout``: seconds of an exchange, None for torch's own."""
+    if not dist.is_available():
         return device
-    if device.type == "cuda":
+    others = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if others and device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local >= torch.cuda.device_count():
             raise EngineError(f"local rank {local} has no GPU: there are {torch.cuda.device_count()}; start as many")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if others and not dist.is_initialized():
+        _join("nccl" if device.type == "cuda" else "gloo", timeout)
+    if dist.is_initialized():
+        begin_pulse()
     return device
+
+
+def _join(backend: str, timeout: float | None) -> None:
+    """All are waited for before their exchanges' timeout counts: each has much to import."""
+    if timeout is None:
+        dist.init_process_group(backend)
+        return
+    store, rank, world = next(rendezvous("env://"))
+    store.set(f"slipstream/joined/{rank}", "")
+    store.wait([f"slipstream/joined/{each}" for each in range(world)], JOIN)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=in_seconds(timeout))
 
 
 class Means:

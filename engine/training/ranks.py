@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, Protocol, TypeVar, cast
 
 import torch.distributed as dist
@@ -94,6 +95,11 @@ class Together:
         outcomes: list[Any] = [None] * self.size
         dist.all_gather_object(outcomes, outcome, group=self.group)
         return [_result(outcome) for outcome in outcomes]
+
+
+def in_seconds(timeout: float | None) -> timedelta | None:
+    """As torch takes it; None is torch's own."""
+    return None if timeout is None else timedelta(seconds=timeout)
 
 
 def ranks(group: dist.ProcessGroup | None = None) -> Ranks:

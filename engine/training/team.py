@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine.errors import EngineError
 from engine.training.build import TrainingPlan
-from engine.training.failures import failing_together
+from engine.training.failures import failing_together, naming_the_silent
 from engine.training.loop import StepReport
 from engine.training.parallel import fingerprint
 from engine.training.trainer import Trainer
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from engine.training_engine import TrainingEngine
 
 T = TypeVar("T")
+Guard = Callable[[], AbstractContextManager[None]]
 
 _TORCHRUN = "the other processes do not run your script: start all of them with torchrun"
 
@@ -36,7 +37,7 @@ class Team(Protocol):
     """The processes of a training engine."""
 
     @property
-    def guard(self) -> Callable[[], AbstractContextManager[None]]:
+    def guard(self) -> Guard:
         """What stands around a run, so that a failing process takes the others down."""
 
     def call(self, name: str, run: Callable[[], T], **arguments: Any) -> T:
@@ -52,19 +53,21 @@ class Team(Protocol):
 class Launched:
     """Each process makes the calls itself."""
 
-    def __init__(self, trainer: Trainer, guard: Callable[[], AbstractContextManager[None]] = failing_together) -> None:
-        self.guard = guard
+    def __init__(self, trainer: Trainer, guard: Guard = failing_together, naming: Guard = naming_the_silent) -> None:
+        self.guard, self._naming = guard, naming
         self._trainer = trainer
 
     def call(self, name: str, run: Callable[[], T], **arguments: Any) -> T:
         """Runs it."""
         end_others()
-        return run()
+        with self._naming():
+            return run()
 
     def train_batch(self, batch: Any) -> StepReport:
         """An optimizer step on this process's part of a batch."""
         end_others()
-        return self._trainer.train_batch(batch)
+        with self._naming():
+            return self._trainer.train_batch(batch)
 
     def assert_here(self, what: str, remedy: str = "") -> None:
         """All is done here."""
@@ -131,6 +134,7 @@ class Started:
             setup = {
                 "config": trainer.config.to_dict(),
                 "model": self._built,
+                "timeout": trainer.settings.exchange_timeout,
                 "arithmetic": {**arithmetic(), "threads": self._share_of_threads()},
             }
             self._workers = Workers(trainer.sizes.world, "nccl" if cuda else "gloo", self._directory, setup)
@@ -179,7 +183,7 @@ def follow(engine: TrainingEngine, wanted: str) -> None:
     trainer = engine._trainer
     if fingerprint(trainer.model) != wanted:
         raise EngineError("the model that the configuration gives here is another one than in the first process")
-    engine._team = Launched(trainer, nullcontext)
+    engine._team = Launched(trainer, nullcontext, nullcontext)
 
 
 def arithmetic() -> dict[str, Any]:

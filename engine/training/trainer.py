@@ -33,6 +33,7 @@ from engine.training.parallel import Means, share
 from engine.training.random_state import RandomState
 from engine.training.ranks import Ranks
 from ops.optimizers.compressed import CompressedOptimizer
+from ops.optimizers.pays import Verdict
 
 
 class Trainer:
@@ -96,6 +97,11 @@ class Trainer:
         """The optimizer, if it is one that exchanges by itself and has begun."""
         optimizer = self.loop.progress.optimizer if "loop" in vars(self) else None
         return optimizer if isinstance(optimizer, CompressedOptimizer) else None
+
+    @property
+    def exchange(self) -> Verdict | None:
+        """What the optimizer has measured of its exchanges, and decided, if it has."""
+        return None if self._compressed is None else self._compressed.verdict
 
     def meet(self) -> None:
         """All processes get the same weights, where 0/1 Adam lets them differ between two exchanges. Called by all of

@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from engine.errors import EngineError
+from engine.errors import EngineError, is_of_exchange
+from engine.training.ranks import in_seconds
 from engine.training.worker_process import GRACE, WorkerProcess
 
 T = TypeVar("T")
@@ -99,7 +100,8 @@ class Workers:
         self._await("imported")
         hook = sys.excepthook
         with self._at_work():
-            dist.init_process_group(self._backend, store=store, rank=0, world_size=size)
+            timeout = in_seconds(setup["timeout"])
+            dist.init_process_group(self._backend, store=store, rank=0, world_size=size, timeout=timeout)
             self._group = dist.group.WORLD
         sys.excepthook = hook  # torch's puts a rank before each line, of a script's own errors too
         self._await("ready")
@@ -179,9 +181,17 @@ class Workers:
             if mine == [(e.get("type"), e.get("text"), e.get("exchange")) for e in self._answers.values()]:
                 self._failures.clear()
                 return error
-            found = self._failure() if self._failures else error
+            found = self._silence(error) or (self._failure() if self._failures else error)
         self.end(str(found))
         return found
+
+    def _silence(self, error: Exception) -> WorkerFailed | None:
+        """Of whom nothing is heard, where an exchange has ended with ``error`` and nobody says what ended it."""
+        silent = [process.rank for process in self._processes if process.rank not in self._answers]
+        if not silent or not is_of_exchange(error) or any(not event.get("exchange") for _, event in self._failures):
+            return None
+        which = f"rank {silent[0]} does" if len(silent) == 1 else f"ranks {', '.join(map(str, silent))} do"
+        return WorkerFailed(f"{which} not answer: standing still, or slower than $.training.exchange_timeout")
 
     # ---- a failure ----
 

@@ -17,6 +17,13 @@ TRAINABLE = (torch.float32, torch.float64, *HALF)
 #: Elements that one multi-tensor update takes at a time, which bounds its temporaries: three tensors of this many (192
 #: MiB in fp32), or of the largest parameter. A launch still has enough to do.
 BATCH_ELEMENTS = 1 << 24
+#: Elements of momenta that are exchanged together. Several such buckets are on their way at a time.
+BUCKET_ELEMENTS = 1 << 24
+
+
+def flattened(tensors: Sequence[Tensor]) -> Tensor:
+    """A new tensor of all elements, end to end."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def compute_dtype(parameter: Tensor) -> torch.dtype:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,15 +14,12 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from ops.compression import Errors, GradientCollective, SingleProcess, for_other_size
-from ops.optimizers.base import MomentOptimizer
-from ops.optimizers.batch import Batch, compute_dtype
+from ops.optimizers.batch import BUCKET_ELEMENTS, Batch, compute_dtype, flattened
 from ops.optimizers.moments import Arithmetic
+from ops.optimizers.pays import MeasuredOptimizer, Verdict
 
 log = logging.getLogger("slipstream.optimizers")
 
-#: Elements that are exchanged together, or those of one larger parameter. Several such buckets are on their way at a
-#: time.
-BUCKET_ELEMENTS = 1 << 24
 #: ``"auto"``: the variance stands where the sum of it was within this share of itself 1 / (1 - beta2) steps before, ten
 #: times looked at in between (arXiv 2102.02888, section 7.1).
 STABLE, LOOKS = 0.96, 10
@@ -49,21 +46,17 @@ class Bucket:
         self.momentum.mul_(flattened(self.batch.exp_avg_sqs) > 0)
 
 
-def flattened(tensors: Sequence[Tensor]) -> Tensor:
-    """A new tensor of all elements, end to end."""
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
-
-
 def sizes_of(batch: Batch) -> list[int]:
     """Elements of its parameters."""
     return [moment.numel() for moment in batch.exp_avgs]
 
 
-class CompressedOptimizer(MomentOptimizer):
+class CompressedOptimizer(MeasuredOptimizer):
     """Base of optimizers that train in two stages.
 
     Up to ``freeze_step`` steps (the warm-up) gradients are averaged in full precision. Then the variance is frozen, and
-    processes exchange the signs of their momenta. **Gradients are each process's own**: neither DDP nor FSDP may
+    processes exchange the signs of their momenta; with ``compression="auto"`` only if that was measured to be faster
+    then, else the warm-up goes on for good. **Gradients are each process's own**: neither DDP nor FSDP may
     average them; the optimizer does. All processes begin with the same weights.
 
     A gradient that is no number, on whichever process, skips the step on all of them (``skipped`` tells) and leaves
@@ -217,6 +210,8 @@ class CompressedOptimizer(MomentOptimizer):
             self._freeze(self._steps + 1)
 
     def _freeze(self, steps: int) -> None:
+        if not self.compresses():
+            return
         self._frozen_at = steps
         if self.collective.rank == 0:
             log.info("%s: the variance stands as it is after %d steps", type(self).__name__, steps)
@@ -347,6 +342,7 @@ class CompressedOptimizer(MomentOptimizer):
         return {
             "steps": self._steps, "frozen_at": self._frozen_at, "looks": [list(look) for look in self._looks],
             "errors": errors, "rank": self.collective.rank, "size": self.collective.size,
+            "verdict": None if self.verdict is None else asdict(self.verdict),
         }  # fmt: skip
 
     def load_compression_state(self, state: Mapping[str, Any]) -> None:
@@ -355,6 +351,9 @@ class CompressedOptimizer(MomentOptimizer):
         self._looks = [(float(total), float(rate)) for total, rate in state["looks"]]
         self._errors = {}
         rank, size = self.collective.rank, self.collective.size
+        measured = state.get("verdict")
+        # Another number of processes may have another network: it is measured again, if signs are not due already.
+        self.verdict = Verdict(**measured) if measured and measured["size"] == size else None
         if "errors_of_all_ranks" in state:
             self._take_errors(state["errors_of_all_ranks"])
         elif (state["rank"], state["size"]) == (rank, size):

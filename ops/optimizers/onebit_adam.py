@@ -7,6 +7,7 @@ from torch.optim.optimizer import ParamsT
 
 from ops.compression import GradientCollective
 from ops.optimizers.compressed import CompressedOptimizer, FreezeStep
+from ops.optimizers.pays import Compression
 
 
 class OneBitAdam(CompressedOptimizer):
@@ -22,6 +23,8 @@ class OneBitAdam(CompressedOptimizer):
     lr, betas, eps, weight_decay, bias_correction: as for torch's AdamW. DeepSpeed has no bias correction, whatever its
         parameter of that name says: False does the same.
     freeze_step: steps of the warm-up, or "auto": until the variance is stable. DeepSpeed's default.
+    compression: "always", or "auto": when the warm-up is over, a full mean of gradients and a compressed exchange are
+        timed, and where the latter is not faster the warm-up goes on for good.
     max_grad_norm: the largest norm of all gradients, 0 for none.
     """
 
@@ -32,6 +35,7 @@ class OneBitAdam(CompressedOptimizer):
         *,
         collective: GradientCollective | None = None,
         freeze_step: FreezeStep = 100000,
+        compression: Compression = "always",
         bias_correction: bool = True,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -40,7 +44,8 @@ class OneBitAdam(CompressedOptimizer):
         foreach: bool | None = None,
     ) -> None:
         defaults = {
-            "lr": lr, "freeze_step": freeze_step, "bias_correction": bias_correction, "betas": betas, "eps": eps,
-            "weight_decay": weight_decay, "max_grad_norm": max_grad_norm, "maximize": False, "foreach": foreach,
+            "lr": lr, "freeze_step": freeze_step, "compression": compression, "bias_correction": bias_correction,
+            "betas": betas, "eps": eps, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm,
+            "maximize": False, "foreach": foreach,
         }  # fmt: skip
         super().__init__(params, collective, defaults)

@@ -13,6 +13,7 @@ from ops.compression import GradientCollective
 from ops.optimizers.batch import Batch, local_part
 from ops.optimizers.compressed import Bucket, CompressedOptimizer, FreezeStep, sizes_of
 from ops.optimizers.moments import Arithmetic
+from ops.optimizers.pays import Compression
 from ops.optimizers.trust_ratio import trust_ratios
 
 
@@ -29,7 +30,7 @@ class OneBitLamb(CompressedOptimizer):
     what it was before. Since all momenta are exchanged with one size for their signs, each is multiplied by
     ``mean(rms) / rms`` before and divided by it behind, with the root mean squares of the step at which v was frozen.
 
-    params, collective, lr, betas, eps, weight_decay, bias_correction, freeze_step, max_grad_norm: as for
+    params, collective, lr, betas, eps, weight_decay, bias_correction, freeze_step, compression, max_grad_norm: as for
         :class:`OneBitAdam`.
     max_coeff, min_coeff: bounds of the trust ratio in the warm-up.
     coeff_beta: of the moving average of ratios. factor_max, factor_min, factor_threshold: as above.
@@ -47,6 +48,7 @@ class OneBitLamb(CompressedOptimizer):
         *,
         collective: GradientCollective | None = None,
         freeze_step: FreezeStep = 100000,
+        compression: Compression = "always",
         bias_correction: bool = True,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -61,10 +63,10 @@ class OneBitLamb(CompressedOptimizer):
         foreach: bool | None = None,
     ) -> None:
         defaults = {
-            "lr": lr, "freeze_step": freeze_step, "bias_correction": bias_correction, "betas": betas, "eps": eps,
-            "weight_decay": weight_decay, "max_grad_norm": max_grad_norm, "max_coeff": max_coeff,
-            "min_coeff": min_coeff, "coeff_beta": coeff_beta, "factor_max": factor_max, "factor_min": factor_min,
-            "factor_threshold": factor_threshold, "maximize": False, "foreach": foreach,
+            "lr": lr, "freeze_step": freeze_step, "compression": compression, "bias_correction": bias_correction,
+            "betas": betas, "eps": eps, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm,
+            "max_coeff": max_coeff, "min_coeff": min_coeff, "coeff_beta": coeff_beta, "factor_max": factor_max,
+            "factor_min": factor_min, "factor_threshold": factor_threshold, "maximize": False, "foreach": foreach,
         }  # fmt: skip
         super().__init__(params, collective, defaults)
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ops.compression import GradientCollective
-from ops.optimizers.batch import Batch
-from ops.optimizers.compressed import BUCKET_ELEMENTS, Bucket, CompressedOptimizer, flattened
+from ops.optimizers.batch import BUCKET_ELEMENTS, Batch, flattened
+from ops.optimizers.compressed import Bucket, CompressedOptimizer
 from ops.optimizers.moments import Arithmetic
+from ops.optimizers.pays import Compression
 
 _COUNTS = ("interval", "updates", "counted", "local_interval", "local_steps", "alone")
 
@@ -35,6 +36,9 @@ class ZeroOneAdam(CompressedOptimizer):
     params, collective, lr, betas, eps, weight_decay, max_grad_norm: as for :class:`OneBitAdam`.
     bias_correction: divides m by ``1 - beta1^t`` and v by ``1 - beta2^k`` behind its k-th update. False is what
         DeepSpeed does.
+    compression: "always", or "auto": before the first exchange of signs (or at var_freeze_step, if that is earlier) a
+        full mean of gradients and a compressed exchange are timed, and where the latter is not faster all steps are
+        AdamW's: no signs, and no steps alone, though these would save messages.
     var_freeze_step, var_update_scaler, local_step_scaler, local_step_clipper: DeepSpeed's names and defaults.
 
     Between two exchanges processes have weights of their own: call :meth:`meet` before saving or evaluating.
@@ -49,6 +53,7 @@ class ZeroOneAdam(CompressedOptimizer):
         *,
         collective: GradientCollective | None = None,
         var_freeze_step: int = 100000,
+        compression: Compression = "always",
         var_update_scaler: int = 16,
         local_step_scaler: int = 32678,
         local_step_clipper: int = 16,
@@ -60,10 +65,10 @@ class ZeroOneAdam(CompressedOptimizer):
         foreach: bool | None = None,
     ) -> None:
         defaults = {
-            "lr": lr, "freeze_step": var_freeze_step, "var_update_scaler": var_update_scaler,
-            "local_step_scaler": local_step_scaler, "local_step_clipper": local_step_clipper,
-            "bias_correction": bias_correction, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-            "max_grad_norm": max_grad_norm, "maximize": False, "foreach": foreach,
+            "lr": lr, "freeze_step": var_freeze_step, "compression": compression,
+            "var_update_scaler": var_update_scaler, "local_step_scaler": local_step_scaler,
+            "local_step_clipper": local_step_clipper, "bias_correction": bias_correction, "betas": betas, "eps": eps,
+            "weight_decay": weight_decay, "max_grad_norm": max_grad_norm, "maximize": False, "foreach": foreach,
         }  # fmt: skip
         self._interval, self._updates, self._counted = 1, 0, 0
         self._local_interval, self._local_steps, self._alone = 1, 0, 0
@@ -98,6 +103,13 @@ class ZeroOneAdam(CompressedOptimizer):
         """What each process has gone alone counts no more."""
         self._alone, self._rates = 0, [0.0] * len(self.param_groups)
 
+    def compresses(self) -> bool:
+        """Whether signs are exchanged once that is due; where not, all steps are of mean gradients."""
+        pays = super().compresses()
+        if not pays:
+            self._interval = 1
+        return pays
+
     def averages(self) -> bool:
         """Whether this step is one of the mean gradient."""
         return not self.frozen and (self._steps + 1) % self._interval == 0
@@ -117,7 +129,7 @@ class ZeroOneAdam(CompressedOptimizer):
         self._updates += 1
         self.mean_step()
         self._counted += 1
-        if self._counted == self.defaults["var_update_scaler"]:
+        if self._counted >= self.defaults["var_update_scaler"] and self.compresses():
             self._counted, self._interval = 0, 2 * self._interval
 
     def momentum(self, batch: Batch, grads: Sequence[Tensor], beta1: float) -> Tensor:

@@ -32,8 +32,8 @@ def with_job(**job: object) -> dict[str, object]:
 
 TRAINING_KEYS = (
     "train_batch_size, micro_batch_size, accumulation_steps, max_steps, epochs, clip_norm, seed, "
-    "activation_checkpointing, compile, processes, data_parallel, gradient_exchange, power_sgd, loss_scale, output, "
-    "checkpoint_every, keep_checkpoints, resume, evaluate_every, log_every, tensorboard"
+    "activation_checkpointing, compile, processes, exchange_timeout, data_parallel, gradient_exchange, power_sgd, "
+    "loss_scale, output, checkpoint_every, keep_checkpoints, resume, evaluate_every, log_every, tensorboard"
 )
 
 GOLDEN: dict[str, tuple[object, list[str]]] = {
@@ -89,8 +89,8 @@ GOLDEN: dict[str, tuple[object, list[str]]] = {
         ),
         [
             f'$.optimizer.{key}: unknown key, did you mean "{meant}"? (allowed: type, lr, betas, eps, weight_decay, '
-            "decay_all, max_grad_norm, var_freeze_step, var_update_scaler, local_step_scaler, local_step_clipper, "
-            "bias_correction)"
+            "decay_all, compression, max_grad_norm, var_freeze_step, var_update_scaler, local_step_scaler, "
+            "local_step_clipper, bias_correction)"
             for key, meant in (("freeze_step", "var_freeze_step"), ("local_step_cliper", "local_step_clipper"))
         ],
     ),
@@ -105,6 +105,10 @@ GOLDEN: dict[str, tuple[object, list[str]]] = {
     "a warm-up that is no number": (
         with_model(training={"micro_batch_size": 4}, optimizer={"type": "OneBitAdam", "freeze_step": 0}),
         ['$.optimizer.freeze_step: got 0, wanted an integer from 1 to 2147483647 or "auto"'],
+    ),
+    "a compression that is not there": (
+        with_model(training={"micro_batch_size": 4}, optimizer={"type": "OneBitLamb", "compression": True}),
+        ['$.optimizer.compression: got true, wanted one of "always", "auto"'],
     ),
     "theta out of range": (
         with_model(training={"micro_batch_size": 4}, progressive_layer_drop={"theta": 1.5}),

@@ -7,8 +7,10 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from engine import Engine
 from engine.errors import EngineError
+from ops.optimizers.pays import Verdict
 from tests.engine.training.trained import Stack, config
 
 #: The optimizers' sections, compressing after a few steps; 0/1 Adam alone for up to four.
@@ -246,6 +249,34 @@ def exchanges(home: Path) -> dict[str, Any]:
     return found
 
 
+def pays(home: Path) -> dict[str, Any]:
+    """Compression that is measured: as it is here, then as it is said; checkpoints keep what was found."""
+    optimizer = {"compression": "auto"}
+    engine = engine_of("OneBitLamb", optimizer=optimizer)
+    train(engine, 0, 5)
+    made: Any = engine._trainer.loop.progress.optimizer
+    found: dict[str, Any] = {"measured": asdict(made.verdict), "frozen": made.frozen, "errors": len(made._errors)}
+    for kind in KINDS:
+        for seconds in (2.0, 1.0):
+            path = home / f"pays-{kind}-{seconds}"
+            with mock.patch("ops.optimizers.pays.measure", lambda _, full=seconds: Verdict(full, 1.5, 2)):
+                engine = engine_of(kind, optimizer=optimizer)
+                train(engine, 0, 7)
+                engine.save_checkpoint(path)
+                losses = [report.loss for report in train(engine, 7, STEPS)]
+                engine._trainer.meet()
+            again = engine_of(kind, optimizer=optimizer)
+            with mock.patch("ops.optimizers.pays.measure", side_effect=AssertionError("it was measured")):
+                again.load_checkpoint(path)
+                its = [report.loss for report in train(again, 7, STEPS)]
+                again._trainer.meet()
+            found[f"{kind} {seconds}"] = {
+                "frozen": again._trainer.loop.progress.optimizer.frozen,  # type: ignore[attr-defined]
+                "same": its == losses and torch.equal(weights(again.model), weights(engine.model)),
+            }
+    return found
+
+
 class LogCapture(logging.Handler):
     """What training says."""
 
@@ -266,7 +297,7 @@ class LogCapture(logging.Handler):
 
 CASES: dict[str, Callable[..., dict[str, Any]]] = {
     "steps": steps, "warm_up": warm_up, "features": features, "overflows": overflows, "faults": faults,
-    "others": others, "exchanges": exchanges, "save": save,
+    "others": others, "exchanges": exchanges, "pays": pays, "save": save,
 }  # fmt: skip
 
 

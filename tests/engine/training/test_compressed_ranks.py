@@ -199,6 +199,27 @@ def test_one_process_exchanges_nothing() -> None:
             engine_of("AdamW", training={"gradient_exchange": how}).train_batch(batch(0, 0))
 
 
+# ---- compression where it pays ----
+
+
+def test_compression_is_measured_on_real_ranks(found: list[Any]) -> None:
+    """Whatever this machine's loopback is like: both ranks found the same times, and did what these say."""
+    said = [each["pays"] for each in found]
+    assert said[0] == said[1]
+    measured = said[0]["measured"]
+    assert measured["size"] == 2
+    assert min(measured["full"], measured["compressed"]) > 0
+    assert said[0]["frozen"] == (measured["compressed"] < measured["full"]) == bool(said[0]["errors"])
+
+
+@pytest.mark.parametrize("seconds", [2.0, 1.0], ids=["pays", "does not"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_goes_on_measures_nothing(kind: str, seconds: float, found: list[Any]) -> None:
+    """And is the run that never stopped, to the last bit."""
+    for each in found:
+        assert each["pays"][f"{kind} {seconds}"] == {"frozen": seconds == 2.0, "same": True}
+
+
 # ---- checkpoints ----
 
 

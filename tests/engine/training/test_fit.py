@@ -18,6 +18,7 @@ import transformers
 
 from engine import Engine
 from engine.errors import EngineError
+from ops.optimizers.pays import Verdict
 from tests.conftest import PYTHONPATH
 from tests.engine.tiny_text import bpe_tokenizer
 from tests.engine.training.trained import Stack, bert, config, masked, write_labelled
@@ -291,6 +292,35 @@ def test_looks_before_it_begins(
         write(home, **sections)
         assert main(["run", "train.json", "--dry-run"]) == 2
         assert wanted in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("measured", "said"),
+    [
+        (None, "one process: nothing to compress"),
+        (Verdict(0.5, 0.125, 2), "as signs (0.5 s in full, 0.125 s as signs)"),
+        (Verdict(0.125, 0.5, 2), "in full (0.125 s in full, 0.5 s as signs)"),
+    ],
+)
+def test_what_compression_measured_is_in_the_table(
+    measured: Verdict | None,
+    said: str,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from engine.cli import main
+
+    monkeypatch.chdir(home)
+    if measured is not None:
+        monkeypatch.setattr("ops.optimizers.pays.measure", lambda optimizer: measured)
+    optimizer = {"type": "OneBitAdam", "freeze_step": 1, "compression": "auto"}
+    write(home, training={"max_steps": 2}, optimizer=optimizer)
+    assert main(["run", "train.json", "-v"]) == 0
+    shown = capsys.readouterr()
+    assert next(line for line in shown.out.splitlines() if line.startswith("exchange")).split("  ")[-1].strip() == said
+    wanted = str(measured or Verdict(0.0, 0.0, 1))
+    assert shown.err.count(f"OneBitAdam: {wanted}") == 1
 
 
 def test_goes_on_from_a_checkpoint_saved_by_hand(tmp_path: Path) -> None:

@@ -265,12 +265,30 @@ def test_a_worker_that_fails_shows_why(home: Path, tmp_path: Path, monkeypatch: 
     assert "Traceback" in str(error.value)
 
 
-def kill_in_the_midst(output: Path) -> None:
+def test_a_worker_that_stands_still_is_named(home: Path, tmp_path: Path) -> None:
+    """By the exchange's timeout, and it is ended with the others."""
+    engine = Engine(document(home, output=str(tmp_path), max_steps=10**6, exchange_timeout=3.0))
+    stopper = threading.Thread(target=lambda: kill_in_the_midst(tmp_path, signal.SIGSTOP))
+    stopper.start()
+    with pytest.raises(WorkerFailed, match=r"rank 1 does not answer: standing still, or slower than \$.training.exch"):
+        engine.fit()
+    stopper.join()
+    wait_for(lambda: not worker_pids(os.getpid()), 10)
+    assert time.monotonic() - stopped[0] < 3 + 3 + 5
+
+
+#: When a worker was last killed, or stopped.
+stopped: list[float] = []
+
+
+def kill_in_the_midst(output: Path, number: signal.Signals = signal.SIGKILL) -> None:
     """Kills the worker once the run, which goes on from a checkpoint or begins, has made steps."""
     metrics = output / "metrics.jsonl"
-    before = metrics.stat().st_size
+    before = metrics.stat().st_size if metrics.exists() else 0
+    wait_for(metrics.exists)
     wait_for(lambda: metrics.stat().st_size > before + 2000)
-    os.kill(worker_pids(os.getpid())[0], signal.SIGKILL)
+    stopped[:] = [time.monotonic()]
+    os.kill(worker_pids(os.getpid())[0], number)
 
 
 #: How a script ends: within a call, where the worker waits for it in an exchange, and behind one, where it is idle.

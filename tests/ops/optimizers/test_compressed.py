@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -285,10 +286,13 @@ def test_a_number_that_is_none_skips_the_step_on_all(kind: str) -> None:
             weight.grad = torch.full_like(weight, 0.5 + collective.rank)
             if step in (1, 4) and collective.rank == 1:
                 weight.grad[2, 1] = torch.nan if step == 1 else torch.inf
-            before = weight.detach().clone()
+            before, owed = weight.detach().clone(), copy.deepcopy(optimizer._errors)
             optimizer.step()
             assert optimizer.skipped == (step in (1, 4))
             assert torch.equal(before, weight) == optimizer.skipped
+            for index, errors in owed.items() if optimizer.skipped else ():
+                assert torch.equal(errors.worker, optimizer._errors[index].worker)
+                assert torch.equal(errors.server, optimizer._errors[index].server)
         for errors in optimizer._errors.values():
             assert errors.worker.isfinite().all()
             assert errors.server.isfinite().all()
