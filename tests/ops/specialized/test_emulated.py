@@ -183,3 +183,10 @@ def test_blocks_with_a_part_of_one_product_only(narrow: int, tmp_path: Path) -> 
     one = replace(SMALL, hidden=256, heads=8, kv_heads=8, ffn=384, layers=4)
     cuts = [Units(16, product % 2 + 1) if product == narrow else Units(128, 1) for product in range(4)]
     encoded(one, (10, 6), 16, HALF, Layout.cut(one, 16, 40, *cuts), tmp_path)
+
+
+def test_blocks_with_a_head_alone(tmp_path: Path) -> None:
+    """Keys and values of the layer before last may not have been put back yet."""
+    one = replace(SMALL, hidden=576, heads=18, kv_heads=18, ffn=64, layers=3)
+    cuts = [Units(192, 1), Units(192, 1), Units(64, 1), Units(192, 1)]
+    encoded(one, (10, 6), 16, HALF, Layout.cut(one, 16, 20, *cuts), tmp_path)
