@@ -33,3 +33,4 @@ def test_two_ranks(kind: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{kind}, 0.0M elements" in done.stdout
+    assert ("with 15% warm-up" in done.stdout) == (kind not in ("AdamW", "LAMB"))
