@@ -23,7 +23,7 @@ from tests.ops.optimizers.test_compressed import KINDS, together
 #: Nothing that is exchanged beside gradients has as many elements.
 FEW = 8
 SHAPES = ((6, 5), (9,), (4, 3))
-#: Seconds of a full mean and of each buffer's compressed one.
+#: Seconds of a full mean and of a compressed one.
 Speed = tuple[float, float]
 FAST, SLOW = (10.0, 1.0), (1.0, 10.0)
 
