@@ -19,6 +19,8 @@ TRAINABLE = (torch.float32, torch.float64, *HALF)
 BATCH_ELEMENTS = 1 << 24
 #: Elements of momenta that are exchanged together. Several such buckets are on their way at a time.
 BUCKET_ELEMENTS = 1 << 24
+#: Elements of a tensor that a CPU takes through many operations at a time: what is made of them stays in its cache.
+PIECE_ELEMENTS = 1 << 16
 
 
 def flattened(tensors: Sequence[Tensor]) -> Tensor:
@@ -128,6 +130,60 @@ def batches(
             batch.append(parameter, gradient(parameter), states[index])
             elements += parameter.numel()
         yield batch
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some of the elements of a batch, as views: on a CPU of one parameter, elsewhere all of them.
+
+    where: of the batch's parameters. at: of all elements end to end. span: of the one parameter's; None is all.
+    """
+
+    batch: Batch
+    where: slice
+    at: slice
+    span: slice | None = None
+
+    def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What belongs here of other tensors, one for each parameter of the batch and laid out as it is."""
+        found = list(tensors[self.where])
+        return found if self.span is None else [tensor.view(-1)[self.span] for tensor in found]
+
+
+def pieces(batch: Batch) -> Iterator[Piece]:
+    """All of a batch. Operations follow each other on a piece: on a CPU they find it in the cache then, and need no
+    room for intermediate results of whole parameters."""
+    sizes = [moment.numel() for moment in batch.exp_avgs]
+    if batch.device.type != "cpu":
+        yield Piece(batch, slice(0, len(sizes)), slice(0, sum(sizes)))
+        return
+    offset = 0
+    for index, size in enumerate(sizes):
+        lists = (batch.params, batch.grads, batch.weights, batch.exp_avgs, batch.exp_avg_sqs)
+        flat = all(tensors[index].is_contiguous() for tensors in lists)
+        for start in range(0, size, PIECE_ELEMENTS if flat else size):
+            stop = min(start + PIECE_ELEMENTS, size) if flat else size
+            where, at = slice(index, index + 1), slice(offset + start, offset + stop)
+            yield _piece(batch, where, at, slice(start, stop) if flat else None)
+        offset += size
+
+
+def _piece(batch: Batch, where: slice, at: slice, span: slice | None) -> Piece:
+    whole = Piece(batch, where, at, span)
+    params = whole.of(batch.params)
+    own = batch.weights[where.start] is batch.params[where.start]
+    part = Batch(
+        parameters=batch.parameters[where],
+        params=params,
+        grads=whole.of(batch.grads),
+        weights=params if own else whole.of(batch.weights),
+        exp_avgs=whole.of(batch.exp_avgs),
+        exp_avg_sqs=whole.of(batch.exp_avg_sqs),
+        trust_ratios=batch.trust_ratios[where],
+        steps=batch.steps[where],
+        groups=batch.groups,
+    )
+    return Piece(part, where, at, span)
 
 
 def gradient(parameter: Tensor) -> Tensor:

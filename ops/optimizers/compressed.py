@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +14,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from ops.compression import Errors, GradientCollective, SingleProcess, for_other_size
-from ops.optimizers.batch import BUCKET_ELEMENTS, Batch, compute_dtype, flattened
+from ops.optimizers.batch import BUCKET_ELEMENTS, Batch, Piece, compute_dtype, flattened, pieces
 from ops.optimizers.moments import Arithmetic
 from ops.optimizers.pays import MeasuredOptimizer, Verdict
 
@@ -36,14 +36,15 @@ class Bucket:
     momentum: Tensor
     wait: Callable[[], object]
 
-    def parts(self) -> list[Tensor]:
-        """Of the momentum, one of each parameter's shape."""
-        parts = self.momentum.split(sizes_of(self.batch))
-        return [part.view(moment.shape) for part, moment in zip(parts, self.batch.exp_avgs, strict=True)]
-
-    def keep_known(self) -> None:
-        """Makes the momentum zero where the variance is. There nothing ever had a gradient, and signs would move it."""
-        self.momentum.mul_(flattened(self.batch.exp_avg_sqs) > 0)
+    def come(self) -> Iterator[tuple[Piece, list[Tensor]]]:
+        """Piece by piece, with what has come of each parameter. It is zero where the variance is: there nothing ever
+        had a gradient, and signs would move it."""
+        for piece in pieces(self.batch):
+            flat = self.momentum[piece.at]
+            flat.mul_(flattened(piece.batch.exp_avg_sqs) > 0)
+            moments = piece.batch.exp_avgs
+            parts = flat.split(sizes_of(piece.batch))
+            yield piece, [part.view(moment.shape) for part, moment in zip(parts, moments, strict=True)]
 
 
 def sizes_of(batch: Batch) -> list[int]:
@@ -227,14 +228,16 @@ class CompressedOptimizer(MeasuredOptimizer):
         arithmetic.update_moments(batch, arithmetic.gradients(batch, False), *group["betas"])
         self.move(arithmetic, batch, group)
 
-    def momentum(self, batch: Batch, grads: Sequence[Tensor], beta1: float) -> Tensor:
-        """What is exchanged, end to end: the common momentum, moved by this process's gradient."""
-        return flattened(batch.exp_avgs).lerp_(flattened(grads), 1 - beta1)
+    def momentum(self, batch: Batch, grads: Sequence[Tensor], beta1: float, out: Tensor) -> None:
+        """Writes what is exchanged to ``out``, end to end: the common momentum, moved by this process's gradient."""
+        torch.cat([moment.reshape(-1) for moment in batch.exp_avgs], out=out)
+        out.lerp_(flattened(grads), 1 - beta1)
 
     def finish(self, bucket: Bucket, group: Mapping[str, Any]) -> None:
-        """A step along the mean momentum, which has come."""
-        self.take(bucket)
-        self.move(bucket.arithmetic, bucket.batch, group)
+        """A step along the mean momentum, which has come and becomes everybody's."""
+        for piece, parts in bucket.come():
+            torch._foreach_copy_(piece.batch.exp_avgs, parts)
+            self.move(bucket.arithmetic, piece.batch, group)
 
     def mean_step(self) -> None:
         """A step on mean gradients, for all parameters."""
@@ -248,7 +251,10 @@ class CompressedOptimizer(MeasuredOptimizer):
         group: Mapping[str, Any]
         for group in self.param_groups:
             for arithmetic, batch in self.batches(group, BUCKET_ELEMENTS):
-                flat = self.momentum(batch, arithmetic.gradients(batch, False), group["betas"][0])
+                flat = torch.empty(sum(sizes_of(batch)), dtype=batch.exp_avgs[0].dtype, device=batch.device)
+                for piece in pieces(batch):
+                    grads = arithmetic.gradients(piece.batch, False)
+                    self.momentum(piece.batch, grads, group["betas"][0], flat[piece.at])
                 under_way.append((self.send(arithmetic, batch, flat, len(under_way)), group))
         for bucket, group in under_way:
             bucket.wait()
@@ -276,11 +282,6 @@ class CompressedOptimizer(MeasuredOptimizer):
                 "come or go once signs are exchanged"
             )
         return found
-
-    def take(self, bucket: Bucket) -> None:
-        """The mean momentum becomes everybody's."""
-        bucket.keep_known()
-        torch._foreach_copy_(bucket.batch.exp_avgs, bucket.parts())
 
     def corrections(self, batch: Batch, group: Mapping[str, Any]) -> list[tuple[float, float]]:
         """``(1 - beta1^t, 1 - beta2^t)``; the second one stands with the variance. Empty without bias correction."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ops.compression import GradientCollective
-from ops.optimizers.batch import Batch, local_part
+from ops.optimizers.batch import Batch, local_part, pieces
 from ops.optimizers.compressed import Bucket, CompressedOptimizer, FreezeStep, sizes_of
 from ops.optimizers.moments import Arithmetic
 from ops.optimizers.pays import Compression
@@ -105,53 +105,66 @@ class OneBitLamb(CompressedOptimizer):
             state["fresh_exp_avg_sq"] = state["exp_avg_sq"].clone()
             state["last_factor"] = torch.ones_like(state["momentum_scale"])
 
-    def momentum(self, batch: Batch, grads: Sequence[Tensor], beta1: float) -> Tensor:
+    def momentum(self, batch: Batch, grads: Sequence[Tensor], beta1: float, out: Tensor) -> None:
         """Brought to the size that all have."""
-        flat = super().momentum(batch, grads, beta1)
-        torch._foreach_mul_(flat.split(sizes_of(batch)), self._momentum_scales(batch))
-        return flat
+        super().momentum(batch, grads, beta1, out)
+        torch._foreach_mul_(out.split(sizes_of(batch)), self._momentum_scales(batch))
 
     def finish(self, bucket: Bucket, group: Mapping[str, Any]) -> None:
         """A step along the momentum that has come, as far as the frozen ratio and the fresh variance say."""
         arithmetic, batch = bucket.arithmetic, bucket.batch
-        beta1, beta2 = group["betas"]
-        states = self._states(batch)
-        gradients = torch._foreach_mul(batch.exp_avgs, -beta1)
-        self.take(bucket)
-        torch._foreach_div_(batch.exp_avgs, self._momentum_scales(batch))
-        torch._foreach_add_(gradients, batch.exp_avgs)
-        torch._foreach_div_(gradients, 1 - beta1)
+        states, corrections = self._states(batch), self.corrections(batch, group)
         fresh = [state["fresh_exp_avg_sq"] for state in states]
-        torch._foreach_mul_(fresh, beta2)
-        torch._foreach_addcmul_(fresh, gradients, gradients, 1 - beta2)
-        corrections = self.corrections(batch, group)
-        directions = arithmetic.directions(batch, corrections, group["eps"], group["weight_decay"])
-        factors = self._factors(arithmetic, batch, states, directions, corrections, group)
+        # The largest change of a root of the variance; squared norms of directions, without and with weight decay.
+        change, plain, whole = torch.zeros(3, len(states), dtype=batch.exp_avgs[0].dtype, device=batch.device)
+        for piece, parts in bucket.come():
+            part, at = piece.batch, piece.where
+            own = piece.of(fresh)
+            self._follow(part, parts, own, group)
+            change[at] = torch.maximum(change[at], self._changes(part, own, corrections[at], group["eps"]))
+            if group["weight_decay"]:
+                for squares, decay in ((plain, 0.0), (whole, group["weight_decay"])):
+                    directions = arithmetic.directions(part, corrections[at], group["eps"], decay)
+                    squares[at] += arithmetic.norms(directions).square()
+        factors = self._factors(change, plain.sqrt(), whole.sqrt(), states, group)
         ratios = torch.stack([state["kept_ratio"] for state in states]) * factors
         arithmetic.show(batch, ratios)
-        arithmetic.add_scaled(batch, directions, ratios * -float(group["lr"]))
+        for piece in pieces(batch):
+            directions = arithmetic.directions(
+                piece.batch, corrections[piece.where], group["eps"], group["weight_decay"]
+            )
+            arithmetic.add_scaled(piece.batch, directions, ratios[piece.where] * -float(group["lr"]))
 
-    def _factors(
-        self,
-        arithmetic: Arithmetic,
-        batch: Batch,
-        states: Sequence[dict[str, Any]],
-        directions: list[Tensor],
-        corrections: Sequence[tuple[float, float]],
-        group: Mapping[str, Any],
-    ) -> Tensor:
-        """What each ratio has changed by [n]."""
-        seconds = [c2 for _, c2 in corrections] or [1.0] * len(states)
-        old = torch._foreach_div(batch.exp_avg_sqs, seconds)
-        fresh = torch._foreach_div([state["fresh_exp_avg_sq"] for state in states], seconds)
-        for each in (old, fresh):
+    def _follow(self, part: Batch, parts: list[Tensor], fresh: list[Tensor], group: Mapping[str, Any]) -> None:
+        """The momentum that has come becomes everybody's, and the fresh variance goes on with the gradient that gives
+        it away."""
+        beta1, beta2 = group["betas"]
+        gradients = torch._foreach_mul(part.exp_avgs, -beta1)
+        torch._foreach_copy_(part.exp_avgs, parts)
+        torch._foreach_div_(part.exp_avgs, self._momentum_scales(part))
+        torch._foreach_add_(gradients, part.exp_avgs)
+        torch._foreach_div_(gradients, 1 - beta1)
+        torch._foreach_mul_(fresh, beta2)
+        torch._foreach_addcmul_(fresh, gradients, gradients, 1 - beta2)
+
+    @staticmethod
+    def _changes(part: Batch, fresh: list[Tensor], corrections: Sequence[tuple[float, float]], eps: float) -> Tensor:
+        """``max((sqrt(v) + eps) / (sqrt(v_fresh) + eps))`` of each parameter [n]."""
+        seconds = [c2 for _, c2 in corrections] or [1.0] * len(fresh)
+        old, new = torch._foreach_div(part.exp_avg_sqs, seconds), torch._foreach_div(fresh, seconds)
+        for each in (old, new):
             torch._foreach_sqrt_(each)
-            torch._foreach_add_(each, group["eps"])
-        torch._foreach_div_(old, fresh)
-        factors = torch.stack(torch._foreach_max(old))
+            torch._foreach_add_(each, eps)
+        torch._foreach_div_(old, new)
+        return torch.stack(torch._foreach_max(old))
+
+    @staticmethod
+    def _factors(
+        change: Tensor, plain: Tensor, whole: Tensor, states: Sequence[dict[str, Any]], group: Mapping[str, Any]
+    ) -> Tensor:
+        """What each ratio has changed by [n]: of the direction without weight decay the part that it is."""
+        factors = change
         if group["weight_decay"]:
-            plain = arithmetic.norms(arithmetic.directions(batch, corrections, group["eps"], 0.0))
-            whole = arithmetic.norms(directions)
             share = torch.where(whole > 0, plain / whole, 1.0).clamp(max=1.0)
             factors = factors * share + (1 - share)
         last = torch.stack([state["last_factor"] for state in states])

@@ -123,7 +123,8 @@ def _compressed(optimizer: MeasuredOptimizer) -> None:
             under_way.append(optimizer.send(ARITHMETIC[False], batch, moments.lerp_(moments, 0.1), len(under_way)))
     for bucket in under_way:
         bucket.wait()
-        bucket.keep_known()
+        for _ in bucket.come():
+            pass
 
 
 def _seconds(collective: GradientCollective, device: torch.device, exchange: Callable[[], object]) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ops.compression import GradientCollective
-from ops.optimizers.batch import BUCKET_ELEMENTS, Batch, flattened
+from ops.optimizers.batch import BUCKET_ELEMENTS, Batch, flattened, pieces
 from ops.optimizers.compressed import Bucket, CompressedOptimizer
 from ops.optimizers.moments import Arithmetic
 from ops.optimizers.pays import Compression
@@ -132,15 +132,15 @@ class ZeroOneAdam(CompressedOptimizer):
         if self._counted >= self.defaults["var_update_scaler"] and self.compresses():
             self._counted, self._interval = 0, 2 * self._interval
 
-    def momentum(self, batch: Batch, grads: Sequence[Tensor], beta1: float) -> Tensor:
+    def momentum(self, batch: Batch, grads: Sequence[Tensor], beta1: float, out: Tensor) -> None:
         """What is exchanged between two updates of the variance: the gradient."""
-        return flattened(grads)
+        torch.cat([grad.reshape(-1) for grad in grads], out=out)
 
     def finish(self, bucket: Bucket, group: Mapping[str, Any]) -> None:
         """A step along the momentum that the gradients' signs move."""
-        bucket.keep_known()
-        torch._foreach_lerp_(bucket.batch.exp_avgs, bucket.parts(), 1 - group["betas"][0])
-        self.move(bucket.arithmetic, bucket.batch, group)
+        for piece, parts in bucket.come():
+            torch._foreach_lerp_(piece.batch.exp_avgs, parts, 1 - group["betas"][0])
+            self.move(bucket.arithmetic, piece.batch, group)
 
     def corrections(self, batch: Batch, group: Mapping[str, Any]) -> list[tuple[float, float]]:
         """Those of as many updates as each moment has had. Empty without bias correction."""
@@ -178,10 +178,10 @@ class ZeroOneAdam(CompressedOptimizer):
             for arithmetic, batch in self.batches(group, BUCKET_ELEMENTS):
                 if self._alone == 0:
                     self._remember(batch)
-                torch._foreach_lerp_(batch.exp_avgs, arithmetic.gradients(batch, False), 1 - group["betas"][0])
-                corrections = self.corrections(batch, group)
-                directions = arithmetic.directions(batch, corrections, group["eps"], group["weight_decay"])
-                arithmetic.add_scaled(batch, directions, self.rates(batch, -rate))
+                for piece in pieces(batch):
+                    grads = arithmetic.gradients(piece.batch, False)
+                    torch._foreach_lerp_(piece.batch.exp_avgs, grads, 1 - group["betas"][0])
+                    self.move(arithmetic, piece.batch, group)
                 batches.append((arithmetic, batch, index))
         self._alone += 1
         if self._alone >= self._local_interval:
@@ -203,15 +203,15 @@ class ZeroOneAdam(CompressedOptimizer):
             under_way.append((bucket, denominators, index))
         for bucket, denominators, index in under_way:
             bucket.wait()
-            batch = bucket.batch
-            bucket.keep_known()
-            parts = bucket.parts()
-            if self._rates[index]:  # at rate 0 nothing was gone, which says nothing of the momentum
-                torch._foreach_copy_(batch.exp_avgs, torch._foreach_div(parts, self._rates[index]))
-            torch._foreach_div_(parts, denominators)
-            # From the weights that all had: going back by steps would leave each process a rounding of its own.
-            torch._foreach_copy_(batch.weights, self._met(batch))
-            bucket.arithmetic.add_scaled(batch, parts, self.rates(batch, -1.0))
+            met, rate = self._met(bucket.batch), self._rates[index]
+            for piece, parts in bucket.come():
+                part = piece.batch
+                if rate:  # at rate 0 nothing was gone, which says nothing of the momentum
+                    torch._foreach_copy_(part.exp_avgs, torch._foreach_div(parts, rate))
+                torch._foreach_div_(parts, piece.of(denominators))
+                # From the weights that all had: going back by steps would leave each process a rounding of its own.
+                torch._foreach_copy_(part.weights, piece.of(met))
+                bucket.arithmetic.add_scaled(part, parts, self.rates(part, -1.0))
         self._alone, self._rates = 0, [0.0] * len(self.param_groups)
 
     def _denominators(self, batch: Batch, group: Mapping[str, Any]) -> list[Tensor]:
