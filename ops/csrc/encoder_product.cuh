@@ -32,8 +32,8 @@ __device__ __forceinline__ void feed_all(Block& b) {
 
 // ---- products ----
 
-// A unit's part of x [.., K] to shared memory, swizzled, once it is there (`wait`: it may not be). By registers: asynchronous copies
-// may find what lay there before, or see nothing come, since the halves of L2 agree only on what relaxed loads and stores touch.
+// A unit's part of x [.., K] to shared memory, swizzled, once it is there (`wait`: it may not be). By registers: of what another
+// block writes meanwhile, relaxed loads alone have a promise; asynchronous copies are weak.
 template <int KIND>
 __device__ __forceinline__ void fetch_x(const Block& b, const u16* x, int unit, bool wait) {
     using P = Product<KIND>;

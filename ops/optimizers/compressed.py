@@ -36,7 +36,7 @@ class Bucket:
     momentum: Tensor
     wait: Callable[[], object]
 
-    def come(self) -> Iterator[tuple[Piece, list[Tensor]]]:
+    def arrived(self) -> Iterator[tuple[Piece, list[Tensor]]]:
         """Piece by piece, with what has come of each parameter. It is zero where the variance is: there nothing ever
         had a gradient, and signs would move it."""
         for piece in pieces(self.batch):
@@ -235,7 +235,7 @@ class CompressedOptimizer(MeasuredOptimizer):
 
     def finish(self, bucket: Bucket, group: Mapping[str, Any]) -> None:
         """A step along the mean momentum, which has come and becomes everybody's."""
-        for piece, parts in bucket.come():
+        for piece, parts in bucket.arrived():
             torch._foreach_copy_(piece.batch.exp_avgs, parts)
             self.move(bucket.arithmetic, piece.batch, group)
 

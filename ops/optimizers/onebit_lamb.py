@@ -117,7 +117,7 @@ class OneBitLamb(CompressedOptimizer):
         fresh = [state["fresh_exp_avg_sq"] for state in states]
         # The largest change of a root of the variance; squared norms of directions, without and with weight decay.
         change, plain, whole = torch.zeros(3, len(states), dtype=batch.exp_avgs[0].dtype, device=batch.device)
-        for piece, parts in bucket.come():
+        for piece, parts in bucket.arrived():
             part, at = piece.batch, piece.where
             own = piece.of(fresh)
             self._follow(part, parts, own, group)

@@ -123,7 +123,7 @@ def _compressed(optimizer: MeasuredOptimizer) -> None:
             under_way.append(optimizer.send(ARITHMETIC[False], batch, moments.lerp_(moments, 0.1), len(under_way)))
     for bucket in under_way:
         bucket.wait()
-        for _ in bucket.come():
+        for _ in bucket.arrived():
             pass
 
 

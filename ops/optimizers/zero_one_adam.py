@@ -138,7 +138,7 @@ class ZeroOneAdam(CompressedOptimizer):
 
     def finish(self, bucket: Bucket, group: Mapping[str, Any]) -> None:
         """A step along the momentum that the gradients' signs move."""
-        for piece, parts in bucket.come():
+        for piece, parts in bucket.arrived():
             torch._foreach_lerp_(piece.batch.exp_avgs, parts, 1 - group["betas"][0])
             self.move(bucket.arithmetic, piece.batch, group)
 
@@ -204,7 +204,7 @@ class ZeroOneAdam(CompressedOptimizer):
         for bucket, denominators, index in under_way:
             bucket.wait()
             met, rate = self._met(bucket.batch), self._rates[index]
-            for piece, parts in bucket.come():
+            for piece, parts in bucket.arrived():
                 part = piece.batch
                 if rate:  # at rate 0 nothing was gone, which says nothing of the momentum
                     torch._foreach_copy_(part.exp_avgs, torch._foreach_div(parts, rate))
