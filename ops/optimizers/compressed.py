@@ -165,14 +165,25 @@ class CompressedOptimizer(MeasuredOptimizer):
         """The mean over processes of their squared gradient norms: no number where one of theirs is none. Raises where
         processes have not as many gradients, before these are exchanged."""
         square, count = self._square(grads), float(sum(grad.numel() for grad in grads))
-        facts = torch.stack([square, square.new_tensor(count), square.new_tensor(count * count)])
+        facts = torch.stack([square, square.square(), square.new_tensor(count), square.new_tensor(count * count)])
         self.collective.mean([facts]).wait()
-        found, mean, mean_square = facts.tolist()
+        found, found_square, mean, mean_square = facts.tolist()
         if mean_square > mean**2 * (1 + 1e-9):
             raise self.error(
                 f"processes have not the same gradients: {count:.0f} elements here, {mean:.1f} in the mean"
             )
+        if self._steps == 0 and 0 < found_square <= found**2 * (1 + 1e-14):
+            self._warn_of_one_gradient()
         return float(found)
+
+    def _warn_of_one_gradient(self) -> None:
+        """Of a norm that is the same on all processes to the last bit, which gradients of their own never have."""
+        if self.collective.size > 1 and self.collective.rank == 0:
+            log.warning(
+                "%s: the gradients have the same norm on all %d processes, as DDP and FSDP leave them: averaged "
+                "before, they save no traffic; train the bare model, or within DDP's no_sync()",
+                type(self).__name__, self.collective.size,
+            )  # fmt: skip
 
     @staticmethod
     def _square(grads: Sequence[Tensor]) -> Tensor:

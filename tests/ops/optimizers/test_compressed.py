@@ -404,3 +404,15 @@ def test_errors_of_another_world_begin_anew(caplog: pytest.LogCaptureFixture) ->
 def test_options_out_of_range(kind: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptimizerError, match=message):
         KINDS[kind]([nn.Parameter(torch.ones(2))], **options)
+
+
+@pytest.mark.parametrize(("ranks", "averaged"), [(2, True), (3, True), (3, False), (1, True)])
+def test_gradients_that_somebody_has_averaged_are_told(
+    ranks: int, averaged: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, at the first step, and by one process."""
+    own = gradients(3, ranks)
+    grads = [[step[0] if averaged else rank for rank in step] for step in own]
+    together(ranks, lambda one: trained("adam", Exact(one), grads, freeze_step=2))
+    told = [record for record in caplog.records if "the same norm on all" in record.getMessage()]
+    assert len(told) == (1 if averaged and ranks > 1 else 0)
