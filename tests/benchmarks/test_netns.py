@@ -21,7 +21,10 @@ c.sendall(b"x")"""
 SEND = """import socket, sys, time
 c = socket.create_connection((sys.argv[1], int(sys.argv[2]))); start = time.perf_counter()
 c.sendall(bytes(int(sys.argv[3]))); c.shutdown(socket.SHUT_WR); c.recv(1); print(start, time.perf_counter())"""
-HOLD = """from benchmarks.netns import Network
+#: A shell's background job has SIGINT ignored, and hands that on.
+HOLD = """import signal
+from benchmarks.netns import Network
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with Network(2, "100mbit") as n:
     p = n.start(0, ["sleep", "60"]); print(n.run, p.pid, flush=True); p.wait()"""
 

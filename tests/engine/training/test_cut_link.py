@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.netns import INTERFACE, Network
 from engine.errors import is_of_exchange
-from engine.training.checkpoint import Checkpoints
+from engine.training.checkpoint_files import check, list_saved
 from tests.conftest import PYTHONPATH
 from tests.engine.training import cut_link
 from tests.engine.training.test_workers import has_steps, lines, wait_for
@@ -92,8 +92,9 @@ def test_a_cut_link(tmp_path: Path, hosts: int, cut: int, kind: str, seen: list[
         wait_for(partial(has_steps, run / "metrics.jsonl", 12))
         link(network, cut, "down")
         said = ended(processes, cut_link.TIMEOUT + END)
-        last = Checkpoints(run / "checkpoints").latest()
-        assert last is not None
+        saved = list_saved(run / "checkpoints")[-1]
+        last = saved.step
+        assert check(saved, deep=True), "it is whole"
         link(network, cut, "up")
         again = ended(begin(network, kind, str(last + MORE), str(run), str(whole)), 60) if hosts == 2 else []
     beyond = (
