@@ -93,14 +93,14 @@ def most_in_a_chunk(sizes: list[int]) -> int:
 def test_bytes_are_those_of_the_formulas(arm: str, run: Callable[..., Any], corpus: Path) -> None:
     """A ring sends 2 (W - 1) / W of fp32 gradients; signs are W - 1 parts of n / W, a bit each, there and back. Scales
     are 4 bytes each: of all parameters there, back as many as the chunk with the most has; 1-bit LAMB has one a bucket.
-    Each step begins with 3 numbers of 8 bytes."""
+    Each step begins with 4 numbers of 8 bytes."""
     found = run(arm, "--freeze", "0.25")["points"][-1]
     groups = buckets(corpus, arm)
     full = 2 * (RANKS - 1) * 4 * sum(map(sum, groups)) // RANKS
     scales = [2 if arm == "onebit_lamb" else len(sizes) + most_in_a_chunk(sizes) for sizes in groups]
     bits = [2 * -(-sum(sizes) // (8 * RANKS)) for sizes in groups]
     signs = (RANKS - 1) * (sum(bits) + 4 * sum(scales))
-    facts = STEPS * 2 * (RANKS - 1) * 24 // RANKS
+    facts = STEPS * 2 * (RANKS - 1) * 32 // RANKS
     # 0/1 Adam: the last 16 steps are local, the first 8 of them with an exchange each, the others two by two.
     steps = {"onebit_adam": (6, 18), "onebit_lamb": (6, 18), "zero_one_adam": (8, 12)}
     averaged, exchanges = steps.get(arm, (STEPS, 0))
