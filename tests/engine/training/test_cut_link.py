@@ -23,8 +23,8 @@ from tests.conftest import PYTHONPATH
 from tests.engine.training import cut_link
 from tests.engine.training.test_workers import has_steps, lines, wait_for
 
-#: Seconds, beside an exchange's, for all to find out who is gone, to say so and to end.
-END = 10.0
+#: Seconds, beside an exchange's, for all to find out who is gone, to say so and to end, on a busy machine too.
+END = 25.0
 #: More than a run makes before its link is cut, and how many it makes when it goes on.
 MANY, MORE = 10**6, 20
 
