@@ -37,8 +37,9 @@ SOURCES = ("encoder_common.cuh", "encoder_product.cuh", "encoder_attention.cuh",
 THREADS, PARTS, STAGED_BYTES = 160, 128, 4 * 16 * (4 * 64 + 16)
 #: Columns that one instruction multiplies with, at most, and the fewest tiles that are on their way at a time.
 WIDEST, FEWEST_STAGES, MOST_STAGES = 256, 4, 24
-#: For the choice of units, fitted to sweeps on an H100. Microseconds of a step, of a column of results, of a part of K
-#: (written, and read by a norm), and of a byte of sums; bytes that a multiprocessor gets from L2 in one.
+#: For the choice of units, fitted to sweeps on an H100 of a version with barriers. Microseconds of a step, of a column
+#: of results, of a part of K (written, and read by a norm), and of a byte of sums; bytes that a multiprocessor gets
+#: from L2 in one.
 STEP, COLUMN, PART, SUM, INGEST = 0.07, 0.005, 0.06, 0.1e-6, 190e3
 LAYER_POINTERS = 8
 #: What a word holds where nothing has arrived: all ones.

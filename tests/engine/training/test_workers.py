@@ -274,7 +274,7 @@ def test_a_worker_that_stands_still_is_named(home: Path, tmp_path: Path) -> None
         engine.fit()
     stopper.join()
     wait_for(lambda: not worker_pids(os.getpid()), 10)
-    assert time.monotonic() - stopped[0] < 3 + 3 + 5
+    assert time.monotonic() - stopped[0] < 3 + 3 + 15, "the timeout, the time to ask, and a busy machine"
 
 
 #: When a worker was last killed, or stopped.
