@@ -8,7 +8,8 @@
 Parameters are BERT's; each rank has gradients of its own, in the parameters' dtype. AdamW and LAMB get their mean by an
 all-reduce in --dtype. The others exchange signs: they are measured behind two steps that warm up, then the variance is
 frozen. What the second of these sent is told, and what a run sends of which it is 15%, beside all-reduces in fp16.
-0/1 Adam is given the interval that it comes to, --local-steps; a step is then a mean over as many.
+0/1 Adam is given the interval that it comes to, --local-steps; a step is then a mean over as many. With --compression
+auto the optimizer measures both exchanges itself, before it compresses, and what it found is told.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ def full_mean(grads: list[Tensor], dtype: torch.dtype) -> None:
         grad.copy_(mean.view_as(grad))
 
 
-def step_of(chosen: argparse.Namespace, params: list[Tensor]) -> Callable[[], object]:
-    """A step of the optimizer that was asked for."""
+def step_of(chosen: argparse.Namespace, params: list[Tensor]) -> tuple[Callable[[], object], Any]:
+    """A step of the optimizer that was asked for, and the optimizer."""
     lr, kind = 1e-4, chosen.optimizer
     grads = [param.grad for param in params if param.grad is not None]
     if kind in ("AdamW", "LAMB"):
@@ -75,21 +76,22 @@ def step_of(chosen: argparse.Namespace, params: list[Tensor]) -> Callable[[], ob
             full_mean(grads, DTYPES[chosen.dtype])
             optimizer.step()
 
-        return full
+        return full, optimizer
     collective, longest = TorchCollective(), chosen.local_steps if kind == "ZeroOneAdam" else 1
+    options = {"collective": collective, "compression": chosen.compression}
     if kind == "ZeroOneAdam":
         # After two local steps the interval is what it stays at.
         frozen = {"var_freeze_step": 2, "local_step_scaler": 1, "local_step_clipper": longest}
-        optimizer = ZeroOneAdam(params, lr, collective=collective, **frozen)
+        optimizer = ZeroOneAdam(params, lr, **options, **frozen)
     else:
         made = OneBitAdam if kind == "OneBitAdam" else OneBitLamb
-        optimizer = made(params, lr, collective=collective, freeze_step=2)
+        optimizer = made(params, lr, **options, freeze_step=2)
 
     def several() -> None:
         for _ in range(longest if optimizer.frozen else 1):
             optimizer.step()
 
-    return several
+    return several, optimizer
 
 
 def sent_in(step: Callable[[], object]) -> int:
@@ -107,6 +109,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="of the all-reduce of AdamW and LAMB (fp16)")
     parser.add_argument("--parameters", choices=DTYPES, default="fp32", help="their dtype (fp32)")
     parser.add_argument("--local-steps", type=int, default=1, help="of 0/1 Adam, from one exchange to the next (1)")
+    parser.add_argument("--compression", choices=("always", "auto"), default="always", help="of signs (always)")
     parser.add_argument("--layers", type=int, default=12, help="(12)")
     parser.add_argument("--hidden", type=int, default=768, help="(768)")
     parser.add_argument("--vocabulary", type=int, default=30522, help="(30522)")
@@ -117,17 +120,19 @@ def main() -> int:
     generator = torch.Generator().manual_seed(1 + dist.get_rank())
     for param in params:
         param.grad = torch.randn(param.shape, generator=generator).mul_(1e-3).to(param.dtype)
-    step, signs = step_of(chosen, params), chosen.optimizer not in ("AdamW", "LAMB")
+    (step, optimizer), signs = step_of(chosen, params), chosen.optimizer not in ("AdamW", "LAMB")
     step()
     warm = sent_in(step) if signs else 0
-    for _ in range(2 if chosen.optimizer == "ZeroOneAdam" else 0):
-        step()  # where 0/1 Adam's interval grows
+    for _ in range(2 if chosen.optimizer == "ZeroOneAdam" or chosen.compression == "auto" else 0):
+        step()  # where 0/1 Adam's interval grows, and both exchanges are measured
     found = measure(step, chosen.rounds)
     if dist.get_rank() == 0:
         count, seconds = sum(param.numel() for param in params), statistics.median(found["seconds"])
         sent = found["sent"][-1]
         print(f"{chosen.optimizer}, {count / 1e6:.1f}M elements: {seconds:.3f} s, {sent / 1e6:.1f} MB sent")
-        if signs:
+        if signs and chosen.compression == "auto":
+            print(f"auto: {optimizer.verdict}")
+        elif signs:
             ranks, steps = dist.get_world_size(), chosen.local_steps
             full = 2 * (ranks - 1) / ranks * 2 * count
             less, whole = full * steps / sent, full / (WARM_UP * warm + (1 - WARM_UP) * sent / steps)
