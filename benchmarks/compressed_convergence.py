@@ -13,7 +13,8 @@ batches, masks and dropout (by seed), weight decay 0.01, clipping to 1, warm-up 
 The variance stands behind --freeze of the steps, which should lie where the loss falls: on the plateau before, some
 weights have next to no gradient, and signs move all alike. Signs have a scale for each parameter (those of 1-bit LAMB,
 which brings momenta to one size, one for all); --one-scale shows why: a key's bias, whose gradient is nothing but
-rounding, then takes steps of its neighbours' size. 0/1 Adam has DeepSpeed's intervals for BERT, scaled to the length of
+rounding, then takes steps of its neighbours' size; --exact
+takes full means in their place, and shows what the freeze does by itself. 0/1 Adam has DeepSpeed's intervals for BERT, scaled to the length of
 the run. At every evaluation the weights of all ranks must be the same to the last bit, or the run ends.
 
 One document of 50 is held out. Give each arm three --seed, and the baseline and its arm the same --lr: --plot takes the
@@ -51,7 +52,7 @@ def share_or_auto(text: str) -> float | Literal["auto"]:
 
 def train(chosen: argparse.Namespace) -> None:
     """``--arm``."""
-    names = ("ranks", "norm", "freeze", "clip", "eps", "one_scale")
+    names = ("ranks", "norm", "freeze", "clip", "eps", "one_scale", "exact")
     run_arm(chosen, partial(RanksRun, **{name: getattr(chosen, name) for name in names}), RanksTraining)
 
 
@@ -80,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="for the signs of all parameters that are exchanged together, whatever the optimizer has",
     )
+    ranks.add_argument("--exact", action="store_true", help="full means in place of signs: what the freeze alone does")
     ranks.add_argument("--eps", type=float, default=1e-8, help="of the optimizers (1e-8)")
     add_sizes(parser, Shape(6, 512, 8, dropout=0.0))
     return parser

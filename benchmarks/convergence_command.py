@@ -24,7 +24,7 @@ def parser_of(doc: str | None, arms: Iterable[str], out: str, batch: int, evalua
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--data", metavar="FILE", type=Path, help="the tokenized text")
-    parser.add_argument("--vocab", metavar="FILE", type=Path, help="BERT's vocab.txt")
+    parser.add_argument("--vocab", metavar="FILE", help="BERT's vocab.txt, or how many words to learn")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path(out), help=f"({out})")
     parser.add_argument("--device", default="auto", help="as in a config")
     parser.add_argument("--threads", metavar="N", type=options.count, help="threads of torch (as torch chooses)")
@@ -67,7 +67,7 @@ def shape_of(chosen: argparse.Namespace, vocabulary: int) -> Shape:
 def prepare(chosen: argparse.Namespace) -> None:
     """``--prepare``."""
     if chosen.data is None or chosen.vocab is None:
-        raise SlipstreamError("--prepare needs --vocab, BERT's vocab.txt, and --data, the file to write")
+        raise SlipstreamError("--prepare needs --vocab, BERT's vocab.txt or a number of words, and --data, the file to write")
     report.check_writable(chosen.data, "--data")
     counts = convergence_data.prepare(chosen.prepare, chosen.vocab, chosen.data)
     print(f"{chosen.data}: " + ", ".join(f"{value} {name}" for name, value in counts.items()))

@@ -22,6 +22,7 @@ from engine.training.data.source import Source
 HELD_OUT = 50
 #: Any length: preparing makes one stream of tokens, training cuts it.
 _LENGTH = 128
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,36 @@ def bert_tokenizer(words: Sequence[str]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **special)
 
 
-def prepare(text: Path, vocabulary: Path, target: Path) -> dict[str, int]:
-    """Tokenizes ``text`` (documents between blank lines) with BERT's ``vocabulary`` into ``target``: 16-bit ids, two
-    bytes a token. Gives the numbers of documents and tokens."""
-    if not vocabulary.is_file():
-        raise SlipstreamError(f"--vocab {vocabulary}: no such file: give BERT's vocab.txt")
-    words = vocabulary.read_text("utf-8").rstrip("\n").split("\n")
+def learned_words(text: Path, count: int) -> list[str]:
+    """A WordPiece vocabulary of ``count`` words, lowercase, learned from ``text``."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer: Any = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=count, special_tokens=SPECIAL, show_progress=False)
+    tokenizer.train_from_iterator((row.values["text"] for row in Source(text).rows(["text"])), trainer)
+    ids = tokenizer.get_vocab()
+    return sorted(ids, key=ids.__getitem__)
+
+
+def words_of(text: Path, vocabulary: str | Path) -> list[str]:
+    """Those of the file ``vocabulary``, or as many as it says, learned from ``text``."""
+    if str(vocabulary).isdecimal():
+        words = learned_words(text, int(str(vocabulary)))
+    elif not Path(vocabulary).is_file():
+        raise SlipstreamError(f"--vocab {vocabulary}: no such file: give BERT's vocab.txt, or a number of words")
+    else:
+        words = Path(vocabulary).read_text("utf-8").rstrip("\n").split("\n")
     if len(words) > 2**16:
         raise SlipstreamError(f"--vocab {vocabulary}: has {len(words)} words, and ids of 16 bits hold 65536")
-    tokenizer = bert_tokenizer(words)
+    return words
+
+
+def prepare(text: Path, vocabulary: str | Path, target: Path) -> dict[str, int]:
+    """Tokenizes ``text`` (documents between blank lines) into ``target``: 16-bit ids, two bytes a token. ``vocabulary``
+    is BERT's file, or how many words to learn. Gives the numbers of documents and tokens."""
+    tokenizer = bert_tokenizer(words := words_of(text, vocabulary))
     stream = masked_lm(Source(text), tokenizer, _LENGTH).stream.astype(np.uint16)
     documents = np.split(stream, np.flatnonzero(stream == tokenizer.sep_token_id)[:-1] + 1)
     held = documents[HELD_OUT // 2 :: HELD_OUT]

@@ -26,7 +26,7 @@ from engine.training.optimizer import build_optimizer
 from engine.training.precision import Precision
 from engine.training.random_state import RandomState
 from engine.training.schedules import build_schedule
-from ops.compression import GradientCollective, Sent, SimulatedCollective
+from ops.compression import Errors, GradientCollective, Pending, Sent, SimulatedCollective
 from ops.optimizers import OneBitAdam, OneBitLamb, ZeroOneAdam
 from ops.optimizers.compressed import CompressedOptimizer
 
@@ -50,6 +50,7 @@ class RanksRun(Settings):
     clip: float = 1.0
     eps: float = 1e-8
     one_scale: bool = False
+    exact: bool = False
     shape: Shape = field(default_factory=lambda: Shape(6, 512, 8, dropout=0.0))
 
     def __post_init__(self) -> None:
@@ -75,7 +76,7 @@ def variant(run: Mapping[str, Any]) -> list[str]:
     """What a run (its fields) has otherwise than the benchmark's defaults, where its optimizer exchanges signs."""
     if isinstance(ARMS[run["arm"]].kind, str):
         return []
-    defaults = {field.name: field.default for field in fields(RanksRun) if field.name in ("freeze", "one_scale")}
+    defaults = {field.name: field.default for field in fields(RanksRun) if field.name in ("freeze", "one_scale", "exact")}
     return [f"{name} {run[name]}" for name, value in defaults.items() if run.get(name, value) != value]
 
 
@@ -138,6 +139,21 @@ def optimizer_of(model: nn.Module, run: RanksRun, collective: GradientCollective
     return optimizer
 
 
+class Exact:
+    """A collective whose compressed mean is a full one."""
+
+    def __init__(self, inner: GradientCollective) -> None:
+        self._inner, self.rank, self.size, self.sent = inner, inner.rank, inner.size, inner.sent
+
+    def mean(self, tensors: Sequence[Tensor]) -> Pending:
+        """As it is."""
+        return self._inner.mean(tensors)
+
+    def compressed_mean(self, buffer: Tensor, errors: Errors, parts: Sequence[int] | None = None) -> Pending:
+        """The mean; ``errors`` stay nothing."""
+        return self._inner.mean([buffer])
+
+
 class RanksTraining(PreTraining):
     """A run that is going on: ``ranks`` loops of one micro-batch a step each, or one of ``ranks`` micro-batches."""
 
@@ -156,7 +172,7 @@ class RanksTraining(PreTraining):
         self._pool = ThreadPoolExecutor(len(models), "rank")
 
     def _loop(self, run: RanksRun, model: MaskedLM, collective: GradientCollective, losses: GradientCollective) -> Loop:
-        optimizer = optimizer_of(model, run, collective)
+        optimizer = optimizer_of(model, run, Exact(collective) if run.exact else collective)
 
         def mean(values: Tensor) -> Tensor:
             if self.compressed:

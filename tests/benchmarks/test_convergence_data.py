@@ -64,6 +64,20 @@ def test_every_document_is_trained_on_or_held_out(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_vocabulary_is_learned_from_the_text(tmp_path: Path) -> None:
+    text, _ = write_text(tmp_path)
+    target = tmp_path / "corpus.safetensors"
+    counts = prepare(text, "40", target)
+    corpus = load(target, 16)
+    assert len(corpus.tokenizer) == 40
+    assert corpus.tokenizer.convert_ids_to_tokens(list(range(5))) == list(SPECIAL)
+    read = corpus.tokenizer.decode(corpus.tokenizer(text.read_text().split("\n\n")[25])["input_ids"][1:-1])
+    assert read == text.read_text().split("\n\n")[25].lower().strip()
+    assert counts["train"] > 0
+    prepare(text, "40", tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == target.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
