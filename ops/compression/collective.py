@@ -66,8 +66,8 @@ class GradientCollective(Protocol):
         ...
 
     def mean(self, tensors: Sequence[Tensor]) -> Pending:
-        """Each tensor (floating point, any shape) becomes its mean over the ranks, in place; those of one dtype go
-        together."""
+        """Each tensor (floating point, any shape, the same on all ranks) becomes its mean over the ranks, in place;
+        those of one dtype go together."""
         ...
 
     def compressed_mean(self, buffer: Tensor, errors: Errors, parts: Sequence[int] | None = None) -> Pending:
