@@ -13,6 +13,9 @@ from torch import Tensor
 from ops.compression.errors import Errors
 from ops.compression.parts import Cut, parts_of
 
+#: Elements of CPU tensors that a full-precision mean sends together: while some are on the wire, others are copied.
+PIECE_ELEMENTS = 1 << 24
+
 
 @dataclass
 class Sent:
@@ -63,8 +66,8 @@ class GradientCollective(Protocol):
         ...
 
     def mean(self, tensors: Sequence[Tensor]) -> Pending:
-        """Each tensor (floating point, any shape) becomes its mean over the ranks, in place; those of one dtype go
-        together."""
+        """Each tensor (floating point, any shape, the same on all ranks) becomes its mean over the ranks, in place;
+        those of one dtype go together."""
         ...
 
     def compressed_mean(self, buffer: Tensor, errors: Errors, parts: Sequence[int] | None = None) -> Pending:
@@ -111,21 +114,38 @@ class SingleProcess:
 
 
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """A bool scalar on the first tensor's device."""
+    """A bool scalar on the first tensor's device. Tensors are of real floating point."""
     if not tensors:
         return torch.tensor(True)
     device = tensors[0].device
-    return torch.stack([torch.isfinite(tensor).all().to(device) for tensor in tensors]).all()
+    # The least and the greatest element tell: both are NaN where one is. isfinite makes several tensors as large as its
+    # own on the way: on a CPU that takes longer than sending fp16 over a fast network.
+    ends = [end.to(device) for tensor in tensors if tensor.numel() for end in tensor.detach().aminmax()]
+    return torch.isfinite(torch.stack(ends)).all() if ends else torch.tensor(True, device=device)
 
 
 def flattened(tensors: Sequence[Tensor], size: int) -> Iterator[tuple[list[Tensor], Tensor]]:
     """Tensors of one dtype and device with all their elements in one new tensor, already divided by ``size``: a sum of
-    fp16 would overflow."""
+    fp16 would overflow. On a CPU up to :data:`PIECE_ELEMENTS` together, or one larger tensor."""
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    for group in groups.values():
-        yield group, torch.cat([tensor.detach().reshape(-1) for tensor in group]).div_(size)
+    for (_, device), group in groups.items():
+        for piece in _pieces(group) if device.type == "cpu" else [group]:
+            yield piece, torch.cat([tensor.detach().reshape(-1) for tensor in piece]).div_(size)
+
+
+def _pieces(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in order, as many together as may be."""
+    piece: list[Tensor] = []
+    elements = 0
+    for tensor in tensors:
+        if elements and elements + tensor.numel() > PIECE_ELEMENTS:
+            yield piece
+            piece, elements = [], 0
+        piece.append(tensor)
+        elements += tensor.numel()
+    yield piece
 
 
 def put_back(group: Sequence[Tensor], flat: Tensor) -> None:

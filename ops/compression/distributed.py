@@ -133,13 +133,14 @@ class TorchCollective:
 
     @torch.no_grad()
     def _full(self, tensors: Sequence[Tensor], flight: _Flight) -> Stages:
-        groups = list(flattened(tensors, self.size))
-        arrivals = [self._sum(flat) for _, flat in groups]
+        arrivals = [(group, self._sum(flat)) for group, flat in flattened(tensors, self.size)]
         yield
-        flats = [arrived() for arrived in arrivals]
-        for (group, _), flat in zip(groups, flats, strict=True):
+        sound = []
+        for group, arrived in arrivals:
+            flat = arrived()
             put_back(group, flat)
-        flight.sound = all_finite(flats)
+            sound.append(all_finite([flat]))
+        flight.sound = torch.stack(sound).all()
 
     @torch.no_grad()
     def _compressed(self, phases: Phases, flight: _Flight) -> Stages:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from ops.compression import Errors, SimulatedCollective, TorchCollective
+from ops.compression import collective as collectives
 from ops.errors import KernelError
 from tests.ops.compression.equations import noise
 
@@ -74,6 +77,41 @@ def faults(rank: int, size: int, device: str) -> None:
     assert not errors.server.any()
 
 
+def full_mean_in_pieces(rank: int, size: int) -> None:
+    """Several of each dtype: the mean, the same bits on all ranks; a fault in any of them on one rank shows on all."""
+    shapes = ((4,), (5,), (30,), (0,), (3, 4), (), (7,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collectives, "PIECE_ELEMENTS", 10)
+        pieces = collectives.flattened([torch.zeros(shape) for shape in shapes], size)
+        assert [flat.numel() for _, flat in pieces] == [9, 30, 12, 8]
+        for spoilt in (None, 0, 4, 8, 12, 3, 5, 9, 13):  # a tensor of each piece in fp16, then in fp32
+            given = [in_two_dtypes(shapes, each) for each in range(size)]
+            if spoilt is not None:
+                given[-1][spoilt].view(-1)[-1] = torch.nan
+            collective, mine = TorchCollective(), [tensor.clone() for tensor in given[rank]]
+            assert bool(collective.mean(mine).wait()) == (spoilt is None)
+            assert collective.sent.full == sum(2 * (size - 1) * t.numel() * t.element_size() // size for t in mine)
+            for at, tensor in enumerate(mine):
+                check_mean(tensor, torch.stack([one[at].double() for one in given]))
+
+
+def in_two_dtypes(shapes: Sequence[tuple[int, ...]], rank: int) -> list[Tensor]:
+    """Of each shape one tensor in fp16 and one in fp32, side by side."""
+    values = [noise(math.prod(shape), 20 + 10 * at + rank).view(shape) for at, shape in enumerate(shapes)]
+    return [tensor for value in values for tensor in (value.half(), value * 3)]
+
+
+def check_mean(found: Tensor, given: Tensor) -> None:
+    """``given`` [ranks, ...] in fp64: as many quotients and one sum less are rounded, none larger than the largest."""
+    size, largest = len(given), float(given.nan_to_num(0).abs().amax()) if given.numel() else 0.0
+    limit = size * torch.finfo(found.dtype).eps * largest
+    torch.testing.assert_close(found.double(), given.mean(0), rtol=0, atol=limit, equal_nan=True)
+    others = [torch.empty_like(found) for _ in range(size)]
+    dist.all_gather(others, found)
+    for other in others:
+        torch.testing.assert_close(other, found, rtol=0, atol=0, equal_nan=True)
+
+
 def rank_main(rank: int, size: int, store: str, backend: str) -> None:
     device = "cpu" if backend == "gloo" else f"cuda:{rank}"
     if backend == "nccl":
@@ -81,6 +119,8 @@ def rank_main(rank: int, size: int, store: str, backend: str) -> None:
     dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
     same_as_virtual_ranks(rank, size, device)
     faults(rank, size, device)
+    if device == "cpu":
+        full_mean_in_pieces(rank, size)
     dist.destroy_process_group()
 
 
