@@ -11,8 +11,9 @@ import torch
 
 from ops.errors import IdError, KernelError
 from ops.spec import LearnedPositions, ModelSpec
-from ops.specialized import persistent_encoder
-from ops.specialized.persistent_encoder import Layout, PersistentEncoder, Units, source, structure
+from ops.specialized import encoder_layout, persistent_encoder
+from ops.specialized.encoder_layout import Layout, Units
+from ops.specialized.persistent_encoder import PersistentEncoder, source, structure
 from tests.ops.specialized.nvrtc import compile_log
 from tests.ops.specialized.test_encoder import ENCODER, assert_close, batch, exact, packed
 
@@ -94,7 +95,7 @@ def test_sizes_fit(one: ModelSpec, tiles: int) -> None:
     """The ring in shared memory, a tile in every part of K, and columns that the instruction takes."""
     layout = Layout.of(one, 64 * tiles, 132)
     shapes = ((3 * one.hidden, one.hidden), (one.hidden, one.hidden), (one.ffn, one.hidden), (one.hidden, one.ffn))
-    assert persistent_encoder.FEWEST_STAGES <= layout.stages <= persistent_encoder.MOST_STAGES
+    assert encoder_layout.FEWEST_STAGES <= layout.stages <= encoder_layout.MOST_STAGES
     assert layout.stages * layout.stage_bytes < persistent_encoder.SHARED_LIMIT
     assert layout.stage_bytes % 1024 == 0, "a swizzled tile begins at a multiple of 1024"
     for units, (_, k) in zip(layout.units, shapes, strict=True):
