@@ -1,4 +1,5 @@
-"""How the persistent encoder kernel cuts its products and divides its shared memory."""
+"""How the persistent encoder kernel cuts its products, as measured where somebody measured, and divides its shared
+memory."""
 
 from __future__ import annotations
 
@@ -13,9 +14,9 @@ from ops.specialized.tile_map import TILE
 PARTS, STAGED_BYTES = 128, 4 * 16 * (4 * 64 + 16)
 #: Columns that one instruction multiplies with, at most, and the fewest tiles that are on their way at a time.
 WIDEST, FEWEST_STAGES, MOST_STAGES = 256, 4, 24
-#: For the choice of units, fitted to sweeps on an H100 of a version with barriers. Microseconds of a step, of a column
-#: of results, of a part of K (written, and read by a norm), and of a byte of sums; bytes that a multiprocessor gets
-#: from L2 in one.
+#: For the choice of units where nobody measured, fitted to sweeps on an H100 of a version with barriers. Microseconds
+#: of a step, of a column of results, of a part of K (written, and read by a norm), and of a byte of sums; bytes that a
+#: multiprocessor gets from L2 in one.
 STEP, COLUMN, PART, SUM, INGEST = 0.07, 0.005, 0.06, 0.1e-6, 190e3
 
 
@@ -56,6 +57,14 @@ class Units:
         return ceil_div(count, blocks) * one + sums
 
 
+#: What sweeps found (benchmarks/encoder_cuts.py) on an H100: (hidden, ffn, rows that the kernel is compiled for) to the
+#: cuts of QKV, projection, up and down.
+CUTS: dict[tuple[int, int, int], tuple[Units, Units, Units, Units]] = {
+    (768, 3072, 16): (Units(24, 1), Units(32, 3), Units(24, 1), Units(32, 4)),
+    (1024, 4096, 16): (Units(24, 1), Units(32, 4), Units(32, 1), Units(48, 6)),
+}
+
+
 def rows_of_x(rows: int) -> int:
     """Of a tile of x, as many as there are."""
     return min(ceil_div(rows, 16) * 16, TILE)
@@ -88,7 +97,11 @@ class Layout:
 
     @classmethod
     def of(cls, spec: ModelSpec, rows: int, blocks: int) -> Layout:
-        """The layout for a model that :func:`unsupported` has let through."""
+        """The layout for a model that :func:`ops.specialized.persistent_encoder.structure` has let through: cut as
+        in :data:`CUTS`, else by :meth:`Units.microseconds`."""
+        measured = CUTS.get((spec.hidden, spec.ffn, compiled_rows(rows)))
+        if measured is not None:
+            return cls.cut(spec, rows, blocks, *measured)
         shapes = (
             (3 * spec.hidden, spec.hidden, False),
             (spec.hidden, spec.hidden, True),
