@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,27 +109,33 @@ def _instruction(wide: int, dtype: torch.dtype) -> str:
 
 
 def compile_kernel(text: str) -> Any:
-    """The kernel of a :func:`source`, on the current device. It needs instructions of Hopper alone (sm_90a), which
-    CuPy does not ask for by itself; what NVRTC gives is kept in ``$SLIPSTREAM_CACHE``."""
-    import cupy
-
-    path = cache_directory() / "kernels" / f"encoder-{hashlib.sha256(text.encode()).hexdigest()[:32]}.cubin"
+    """The kernel of a :func:`source`, on the current device."""
     try:
-        if not path.is_file():
-            log.info("compiling the encoder kernel: seconds the first time, cached in %s after", path.parent)
-            write_aside(path, _compiled(text))
+        import cupy
+
+        path = machine_code(text)
         kernel = cupy.RawModule(path=str(path)).get_function("persistent_encoder")
         kernel.max_dynamic_shared_size_bytes = SHARED_LIMIT
-    except (cupy.cuda.compiler.CompileException, cupy.cuda.driver.CUDADriverError, OSError) as error:
+    # CuPy's errors of the driver and of NVRTC are RuntimeErrors, and what it raises where a library is missing.
+    except (RuntimeError, ImportError, OSError) as error:
         raise KernelError(
             f'the encoder kernel does not compile here ({str(error)[:300]}): set "kernels" to "generic"'
         ) from error
     return kernel
 
 
+def machine_code(text: str) -> Path:
+    """The file in ``$SLIPSTREAM_CACHE`` with what NVRTC makes of a :func:`source`; needs no GPU. The kernel has
+    instructions of Hopper alone (sm_90a), which CuPy does not ask for by itself."""
+    path = cache_directory() / "kernels" / f"encoder-{hashlib.sha256(text.encode()).hexdigest()[:32]}.cubin"
+    if not path.is_file():
+        log.info("compiling the encoder kernel: seconds the first time, cached in %s after", path.parent)
+        write_aside(path, _compiled(text))
+    return path
+
+
 def _compiled(text: str) -> bytes:
     from cupy.cuda import nvrtc
-    from cupy.cuda.compiler import CompileException
 
     options = ("--gpu-architecture=sm_90a", "--std=c++17")
     program = nvrtc.createProgram(text, "persistent_encoder.cu", (), ())
@@ -136,8 +143,7 @@ def _compiled(text: str) -> bytes:
         nvrtc.compileProgram(program, options)
         found: bytes = nvrtc.getCUBIN(program)
     except nvrtc.NVRTCError as error:
-        told = nvrtc.getProgramLog(program)
-        raise CompileException(told, text, "persistent_encoder.cu", options, "nvrtc") from error
+        raise RuntimeError(nvrtc.getProgramLog(program)) from error
     finally:
         nvrtc.destroyProgram(program)
     return found
@@ -263,11 +269,21 @@ class PersistentEncoder(EncoderGraphs):
         self._layout = layout
         self._room: EncoderRoom | None = None
 
+    def compile(self) -> None:
+        """Compiles the kernels for all steps (seconds each, the first time), which else happens as each is first met.
+        Raises :class:`KernelError` if one does not compile here."""
+        with torch.inference_mode(False), torch.no_grad():  # its buffers serve outside of it too
+            for rows in sorted({compiled_rows(tokens + 1) for tokens in range(self.limits.tokens)}):
+                self._shared_room().kernel(self.spec, self.weights, rows)
+
     def forward(self, buffers: StepBuffers, place: Place) -> StaticForward:
         """The launches for ``place``; all buckets share the rest of the buffers too."""
+        return PersistentForward(self.spec, self.weights, buffers, self._shared_room(), place)
+
+    def _shared_room(self) -> EncoderRoom:
         if self._room is None:
             self._room = EncoderRoom(self.spec, self.weights, self.limits.tokens, self._layout)
-        return PersistentForward(self.spec, self.weights, buffers, self._room, place)
+        return self._room
 
 
 def _constants(layer: LayerWeights) -> list[Tensor | None]:

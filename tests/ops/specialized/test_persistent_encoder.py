@@ -104,6 +104,9 @@ def test_a_measured_cut_goes_before_the_model_of_costs(monkeypatch: pytest.Monke
     monkeypatch.setitem(encoder_layout.CUTS, (SMALL.hidden, SMALL.ffn, 48), units)
     assert Layout.of(SMALL, 33, 132).units == units
     assert Layout.of(SMALL, 64, 132).units != units
+    monkeypatch.setitem(encoder_layout.CUTS, (SMALL.hidden, SMALL.ffn, 64), units)
+    assert Layout.of(SMALL, 64, 132).units == units
+    assert Layout.of(SMALL, 128, 132).units != units
     assert Layout.of(replace(SMALL, ffn=256), 48, 132).units != units
 
 
