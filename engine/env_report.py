@@ -42,8 +42,8 @@ PIECES = (
     Piece(
         "cupy",
         ("cupy-cuda13x", "cupy-cuda12x", "cupy"),
-        "the kernel set specialized needs it to decode (pip install cupy-cuda13x, or cupy-cuda12x); "
-        "generic and eager do not",
+        "the kernel set specialized needs it to decode, and for short texts of encoders (pip install cupy-cuda13x, or "
+        "cupy-cuda12x); generic and eager do not",
     ),
     Piece(
         "matplotlib",

@@ -1,8 +1,9 @@
-"""The encoder path of the ``specialized`` set: five to seven launches a layer, the whole forward in one CUDA graph.
+"""The encoder path of the ``specialized`` set: the whole forward in one CUDA graph, of fused tiles or, for few tokens,
+of the persistent kernel (:mod:`ops.specialized.persistent_encoder`).
 
-A layer is: norm + QKV, attention, projection + residual, norm + up + activation, down + residual; norms may have
-launches of their own. Buckets, buffers and graphs are those of :mod:`ops.generic.encoder_graph`. It is taken where it
-was measured ahead of the graph of ``generic``.
+Tiles take five to seven launches a layer: norm + QKV, attention, projection + residual, norm + up + activation, down +
+residual; norms may have launches of their own. Buckets, buffers and graphs are those of
+:mod:`ops.generic.encoder_graph`. Each way is taken where it was measured ahead of the others.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from ops.plan import StepPlan
 from ops.spec import ModelSpec, RotaryPositions
 from ops.specialized.addresses import not_plain
 from ops.specialized.encoder_forward import Forward, Norms, Room, TileChoice
-from ops.specialized.tile_table import AHEAD, tile_for
+from ops.specialized.persistent_encoder import PersistentEncoder, unsupported
+from ops.specialized.tile_table import AHEAD, AHEAD_PERSISTENT, tile_for
 from ops.weights import ModelWeights
 
 log = logging.getLogger("slipstream.kernels")
@@ -100,18 +102,50 @@ class EncoderPlan(EncoderGraphs):
 def encoder_step_plan(
     spec: ModelSpec, weights: ModelWeights, ops: MacroOps, fallback: StepPlan, *, tokens: int | None = None
 ) -> StepPlan:
-    """A plan for ``Bucket("encode")``: the encoder path where it serves, else ``fallback``.
+    """A plan for ``Bucket("encode")``: the persistent kernel for few tokens, tiles for more, each where it serves, else
+    ``fallback``.
 
     ops:      whose ``head`` computes the heads.
     fallback: serves long sequences, large batches, and models that this path does not take.
-    tokens:   the largest step that this path takes; None for what was measured to pay.
+    tokens:   the largest step of tiles, which then serve all smaller ones; None for what was measured to pay.
     """
-    fewest, tokens = AHEAD.get((spec.hidden, spec.ffn), (1, 0)) if tokens is None else (1, tokens)
+    size = spec.hidden, spec.ffn
+    few = AHEAD_PERSISTENT.get(size, 0) if tokens is None else 0
+    fewest, tokens = AHEAD.get(size, (1, 0)) if tokens is None else (1, tokens)
+    head = graph_head(spec, weights, ops)
+    ways = (_tiles(spec, weights, head, fewest, tokens), _persistent(spec, weights, head, few))
+    plan = fallback
+    for graphs in ways:
+        if graphs is not None:
+            plan = graph_plan(graphs, ops, plan)
+    return plan
+
+
+def _tiles(spec: ModelSpec, weights: ModelWeights, head: Head | None, fewest: int, tokens: int) -> EncoderGraphs | None:
+    """For steps of ``fewest`` to ``tokens`` tokens, or None where tiles do not serve this model."""
     if not tokens:
-        return fallback
+        return None
     reason = supports(spec, weights.embed.token.dtype) or not_plain(weights)
     if reason is not None:
         log.info("no encoder path for this %s model: %s", spec.family, reason)
-        return fallback
-    head = graph_head(spec, weights, ops)
-    return graph_plan(EncoderPlan(spec, weights, head=head, tokens=tokens, fewest=fewest), ops, fallback)
+        return None
+    return EncoderPlan(spec, weights, head=head, tokens=tokens, fewest=fewest)
+
+
+def _persistent(spec: ModelSpec, weights: ModelWeights, head: Head | None, tokens: int) -> EncoderGraphs | None:
+    """For steps of up to ``tokens`` tokens, its kernels compiled; or None where it does not serve this model here."""
+    if not tokens:
+        return None
+    like = weights.embed.token
+    reason = unsupported(spec, weights, like.dtype, like.device)
+    if reason is not None:
+        log.info("no persistent kernel for short steps of this %s model: %s", spec.family, reason)
+        return None
+    graphs = PersistentEncoder(spec, weights, head=head, tokens=tokens)
+    try:
+        graphs.compile()
+    except KernelError as error:  # "auto" takes this set for encoders where CuPy is missing, and where it is broken
+        log.warning("steps of up to %d tokens run as without the persistent kernel: %s", tokens, error)
+        return None
+    log.info("steps of up to %d tokens run in the persistent kernel", tokens)
+    return graphs

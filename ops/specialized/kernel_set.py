@@ -19,7 +19,8 @@ log = logging.getLogger("slipstream.kernels")
 
 
 class SpecializedKernels(GenericKernels):
-    """Decode steps of up to 16 rows by the persistent kernel, encoders of up to 512 tokens by fused tiles.
+    """Decode steps of up to 16 rows by a persistent kernel; encoders' steps of a few tokens by another, of some more by
+    fused tiles, where those were measured ahead.
 
     What those do not serve (a prompt's prefill, larger batches, longer texts) runs as in ``generic``, where the matrix
     product is the limit and cuBLAS is hard to beat.
@@ -35,7 +36,8 @@ class SpecializedKernels(GenericKernels):
             raise KernelError(f'kernels "{self.name}" do not run this model here: {reason}; set "kernels" to "generic"')
 
     def plan(self, spec: ModelSpec, weights: ModelWeights, bucket: Bucket, collective: Collective) -> StepPlan:
-        """The encoder path for encoders; else, and for what that path does not take, the plan of ``generic``."""
+        """The encoder path for encoders, whose persistent kernel compiles here (seconds, the first time); else, and for
+        what that path does not take, the plan of ``generic``."""
         generic = super().plan(spec, weights, bucket, collective)
         if spec.causal or bucket.kind != "encode" or collective.size > 1:
             return generic

@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from ops.generic.encoder_graph import EncoderGraphs, Head, Limits, Place, Static
 from ops.spec import LearnedPositions, ModelSpec
 from ops.specialized.addresses import address, linear_parts, norm_parts, not_plain
 from ops.specialized.encoder_forward import embed_step
+from ops.specialized.encoder_layout import Choice, Layout, ceil_div, compiled_rows
 from ops.specialized.encoder_rows import norm_rows
 from ops.specialized.persistent import ACTIVATIONS, SHARED_LIMIT, text_of
 from ops.specialized.streams import current_stream
@@ -34,125 +35,10 @@ from ops.weights import LayerWeights, ModelWeights
 log = logging.getLogger("slipstream.kernels")
 
 SOURCES = ("encoder_common.cuh", "encoder_product.cuh", "encoder_attention.cuh", "persistent_encoder.cu")
-THREADS, PARTS, STAGED_BYTES = 160, 128, 4 * 16 * (4 * 64 + 16)
-#: Columns that one instruction multiplies with, at most, and the fewest tiles that are on their way at a time.
-WIDEST, FEWEST_STAGES, MOST_STAGES = 256, 4, 24
-#: For the choice of units, fitted to sweeps on an H100 of a version with barriers. Microseconds of a step, of a column
-#: of results, of a part of K (written, and read by a norm), and of a byte of sums; bytes that a multiprocessor gets
-#: from L2 in one.
-STEP, COLUMN, PART, SUM, INGEST = 0.07, 0.005, 0.06, 0.1e-6, 190e3
+THREADS = 160
 LAYER_POINTERS = 8
 #: What a word holds where nothing has arrived: all ones.
 NOTHING = -1
-
-
-def ceil_div(a: int, b: int) -> int:
-    """``a / b``, rounded up."""
-    return -(-a // b)
-
-
-@dataclass(frozen=True)
-class Units:
-    """How a product [rows, k] by [n, k] is cut: ``wide`` columns, and K in ``split`` parts."""
-
-    wide: int
-    split: int
-
-    @classmethod
-    def of(cls, n: int, k: int, rows: int, blocks: int, *, longest: int, widest: int, splits: bool) -> Units:
-        """The cut that should take the shortest, ``longest`` columns of K and ``widest`` of the result at most."""
-        parts = (1, 2, 3, 4, 6, 8, 12, 16) if splits else (1,)
-        found = [cls(wide, split) for wide in range(16, widest + 1, 8) for split in parts]
-        usable = [units for units in found if units.every_part_has_a_tile(k) and units.steps(k) * TILE <= longest]
-        return min(usable, key=lambda units: units.microseconds(n, k, rows, blocks))
-
-    def steps(self, k: int) -> int:
-        """Tiles of a part of K; the last part may have fewer."""
-        return ceil_div(ceil_div(k, TILE), self.split)
-
-    def every_part_has_a_tile(self, k: int) -> bool:
-        """The kernel would wait forever for one that has none."""
-        return (self.split - 1) * self.steps(k) < ceil_div(k, TILE)
-
-    def microseconds(self, n: int, k: int, rows: int, blocks: int) -> float:
-        """What it may take: the units of a block, and the parts' sums, written and read."""
-        steps, count = self.steps(k), ceil_div(rows, TILE) * ceil_div(n, self.wide) * self.split
-        size = 128 * steps * (rows_of_x(rows) + self.wide)
-        one = STEP * steps + COLUMN * self.wide + size / INGEST
-        sums = PART * self.split + SUM * 4 * rows * n * self.split if self.split > 1 else 0.0
-        return ceil_div(count, blocks) * one + sums
-
-
-def rows_of_x(rows: int) -> int:
-    """Of a tile of x, as many as there are."""
-    return min(ceil_div(rows, 16) * 16, TILE)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The kernel's sizes for so many tiles of rows on so many blocks."""
-
-    row_tiles: int
-    x_rows: int
-    """Rows of a tile of x that there are."""
-    blocks: int
-    qkv: Units
-    out: Units
-    up: Units
-    down: Units
-    stage_bytes: int
-    stages: int
-
-    @property
-    def units(self) -> tuple[Units, ...]:
-        """Of the products, in their order."""
-        return self.qkv, self.out, self.up, self.down
-
-    @classmethod
-    def of(cls, spec: ModelSpec, rows: int, blocks: int) -> Layout:
-        """The layout for a model that :func:`unsupported` has let through."""
-        shapes = (
-            (3 * spec.hidden, spec.hidden, False),
-            (spec.hidden, spec.hidden, True),
-            (spec.ffn, spec.hidden, False),
-            (spec.hidden, spec.ffn, True),
-        )
-        # QKV and up take all of a row of x: no part of down needs to be longer.
-        steps = ceil_div(spec.hidden, TILE)
-        widest = min(ring_bytes(spec, rows, steps) // (128 * FEWEST_STAGES), WIDEST)
-        if widest < 16:
-            raise KernelError(f"the persistent encoder's shared memory does not hold {spec.hidden} columns")
-        qkv, out, up, down = (
-            Units.of(n, k, rows, blocks, longest=TILE * steps, widest=widest, splits=splits) for n, k, splits in shapes
-        )
-        return cls.cut(spec, rows, blocks, qkv, out, up, down)
-
-    @classmethod
-    def cut(cls, spec: ModelSpec, rows: int, blocks: int, qkv: Units, out: Units, up: Units, down: Units) -> Layout:
-        """The layout with products cut like that, and as long a ring as there is room for."""
-        row_tiles, x_rows = ceil_div(rows, TILE), rows_of_x(rows)
-        for units, k in ((out, spec.hidden), (down, spec.ffn)):
-            if not units.every_part_has_a_tile(k):
-                raise KernelError(f"the persistent encoder: {k} columns are too few for {units.split} parts")
-        stage = 128 * max(qkv.wide, out.wide, up.wide, down.wide)
-        steps = max(
-            units.steps(k) for units, k in zip((qkv, out, up, down), (*3 * (spec.hidden,), spec.ffn), strict=True)
-        )
-        stages = min(ring_bytes(spec, rows, steps) // stage, MOST_STAGES)
-        if stages < FEWEST_STAGES or stages * stage < 128 * TILE:
-            raise KernelError(f"the persistent encoder's shared memory does not hold {spec.hidden} columns")
-        return cls(row_tiles, x_rows, blocks, qkv, out, up, down, stage, stages)
-
-
-def ring_bytes(spec: ModelSpec, rows: int, steps: int) -> int:
-    """Shared memory that is left for weights, beside ``steps`` tiles of x."""
-    scratch = max(PARTS * (2 * spec.head_dim + 16), 4 * 16 * spec.head_dim * 4, STAGED_BYTES)
-    tables = 4 * 16 * 8 + ceil_div(rows, TILE) * TILE * 4 + MOST_STAGES * 16 + 1024
-    return SHARED_LIMIT - 128 * rows_of_x(rows) * steps - scratch - tables
-
-
-#: Chooses the layout for a model, rows and blocks.
-Choice = Callable[[ModelSpec, int, int], Layout]
 
 
 def unsupported(spec: ModelSpec, weights: ModelWeights | None, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -223,27 +109,33 @@ def _instruction(wide: int, dtype: torch.dtype) -> str:
 
 
 def compile_kernel(text: str) -> Any:
-    """The kernel of a :func:`source`, on the current device. It needs instructions of Hopper alone (sm_90a), which
-    CuPy does not ask for by itself; what NVRTC gives is kept in ``$SLIPSTREAM_CACHE``."""
-    import cupy
-
-    path = cache_directory() / "kernels" / f"encoder-{hashlib.sha256(text.encode()).hexdigest()[:32]}.cubin"
+    """The kernel of a :func:`source`, on the current device."""
     try:
-        if not path.is_file():
-            log.info("compiling the encoder kernel: seconds the first time, cached in %s after", path.parent)
-            write_aside(path, _compiled(text))
+        import cupy
+
+        path = machine_code(text)
         kernel = cupy.RawModule(path=str(path)).get_function("persistent_encoder")
         kernel.max_dynamic_shared_size_bytes = SHARED_LIMIT
-    except (cupy.cuda.compiler.CompileException, cupy.cuda.driver.CUDADriverError, OSError) as error:
+    # CuPy's errors of the driver and of NVRTC are RuntimeErrors, and what it raises where a library is missing.
+    except (RuntimeError, ImportError, OSError) as error:
         raise KernelError(
             f'the encoder kernel does not compile here ({str(error)[:300]}): set "kernels" to "generic"'
         ) from error
     return kernel
 
 
+def machine_code(text: str) -> Path:
+    """The file in ``$SLIPSTREAM_CACHE`` with what NVRTC makes of a :func:`source`; needs no GPU. The kernel has
+    instructions of Hopper alone (sm_90a), which CuPy does not ask for by itself."""
+    path = cache_directory() / "kernels" / f"encoder-{hashlib.sha256(text.encode()).hexdigest()[:32]}.cubin"
+    if not path.is_file():
+        log.info("compiling the encoder kernel: seconds the first time, cached in %s after", path.parent)
+        write_aside(path, _compiled(text))
+    return path
+
+
 def _compiled(text: str) -> bytes:
     from cupy.cuda import nvrtc
-    from cupy.cuda.compiler import CompileException
 
     options = ("--gpu-architecture=sm_90a", "--std=c++17")
     program = nvrtc.createProgram(text, "persistent_encoder.cu", (), ())
@@ -251,8 +143,7 @@ def _compiled(text: str) -> bytes:
         nvrtc.compileProgram(program, options)
         found: bytes = nvrtc.getCUBIN(program)
     except nvrtc.NVRTCError as error:
-        told = nvrtc.getProgramLog(program)
-        raise CompileException(told, text, "persistent_encoder.cu", options, "nvrtc") from error
+        raise RuntimeError(nvrtc.getProgramLog(program)) from error
     finally:
         nvrtc.destroyProgram(program)
     return found
@@ -278,13 +169,13 @@ class EncoderRoom:
         self.turns = torch.zeros(self.blocks, dtype=torch.int32, device=device)
         words = [address(part) for layer in weights.layers for part in _constants(layer)]
         self.pointers = torch.tensor(words, dtype=torch.int64).to(device)
-        self.kernels: dict[tuple[int, int], Compiled] = {}
+        self.kernels: dict[int, Compiled] = {}
 
     def kernel(self, spec: ModelSpec, weights: ModelWeights, rows: int) -> Compiled:
         """The kernel for so many rows."""
-        key = ceil_div(rows, TILE), rows_of_x(rows)
+        key = compiled_rows(rows)
         if key not in self.kernels:
-            layout, driver = self.layout(spec, rows, self.blocks), Driver()
+            layout, driver = self.layout(spec, key, self.blocks), Driver()
             maps = []
             for layer in weights.layers:
                 linears = (layer.qkv, layer.out, layer.up, layer.down)
@@ -378,11 +269,21 @@ class PersistentEncoder(EncoderGraphs):
         self._layout = layout
         self._room: EncoderRoom | None = None
 
+    def compile(self) -> None:
+        """Compiles the kernels for all steps (seconds each, the first time), which else happens as each is first met.
+        Raises :class:`KernelError` if one does not compile here."""
+        with torch.inference_mode(False), torch.no_grad():  # its buffers serve outside of it too
+            for rows in sorted({compiled_rows(tokens + 1) for tokens in range(self.limits.tokens)}):
+                self._shared_room().kernel(self.spec, self.weights, rows)
+
     def forward(self, buffers: StepBuffers, place: Place) -> StaticForward:
         """The launches for ``place``; all buckets share the rest of the buffers too."""
+        return PersistentForward(self.spec, self.weights, buffers, self._shared_room(), place)
+
+    def _shared_room(self) -> EncoderRoom:
         if self._room is None:
             self._room = EncoderRoom(self.spec, self.weights, self.limits.tokens, self._layout)
-        return PersistentForward(self.spec, self.weights, buffers, self._room, place)
+        return self._room
 
 
 def _constants(layer: LayerWeights) -> list[Tensor | None]:

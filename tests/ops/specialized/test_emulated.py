@@ -15,7 +15,7 @@ from ops import reference
 from ops.plan import StepInputs
 from ops.spec import LearnedPositions, ModelSpec
 from ops.specialized import addresses, persistent, persistent_encoder
-from ops.specialized.persistent_encoder import Layout, Units
+from ops.specialized.encoder_layout import Layout, Units
 from ops.weights import ModelWeights
 from tests.ops.specialized import emulator, models, test_encoder
 from tests.ops.specialized.test_persistent_encoder import SMALL

@@ -11,8 +11,9 @@ import torch
 
 from ops.errors import IdError, KernelError
 from ops.spec import LearnedPositions, ModelSpec
-from ops.specialized import persistent_encoder
-from ops.specialized.persistent_encoder import Layout, PersistentEncoder, Units, source, structure
+from ops.specialized import encoder_layout, persistent_encoder
+from ops.specialized.encoder_layout import Layout, Units, compiled_rows
+from ops.specialized.persistent_encoder import PersistentEncoder, source, structure
 from tests.ops.specialized.nvrtc import compile_log
 from tests.ops.specialized.test_encoder import ENCODER, assert_close, batch, exact, packed
 
@@ -88,13 +89,47 @@ def test_it_compiles_for_hopper(name: str, tiles: int, dtype: torch.dtype) -> No
     assert compile_log(source(SPECS[name], Layout.of(SPECS[name], 64 * tiles, 132), dtype), "sm_90a") is None
 
 
+@pytest.mark.parametrize("one", [BERT, LARGE], ids=["base", "large"])
+def test_measured_cuts_compile_for_hopper(one: ModelSpec) -> None:
+    assert compile_log(source(one, Layout.of(one, 16, 132), torch.float16), "sm_90a") is None
+
+
+def test_a_measured_cut_goes_before_the_model_of_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the rows that it was measured at, and no others."""
+    assert Layout.of(BERT, 16, 132).units == (Units(24, 1), Units(32, 3), Units(24, 1), Units(32, 4))
+    assert Layout.of(BERT, 1, 132) == Layout.of(BERT, 16, 132)
+    by_costs = Layout.of(SMALL, 48, 132)
+    units = (Units(16, 1), Units(56, 2), Units(40, 1), Units(24, 3))
+    assert by_costs.units != units
+    monkeypatch.setitem(encoder_layout.CUTS, (SMALL.hidden, SMALL.ffn, 48), units)
+    assert Layout.of(SMALL, 33, 132).units == units
+    assert Layout.of(SMALL, 64, 132).units != units
+    monkeypatch.setitem(encoder_layout.CUTS, (SMALL.hidden, SMALL.ffn, 64), units)
+    assert Layout.of(SMALL, 64, 132).units == units
+    assert Layout.of(SMALL, 128, 132).units != units
+    assert Layout.of(replace(SMALL, ffn=256), 48, 132).units != units
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize(("hidden", "ffn", "rows"), encoder_layout.CUTS)
+def test_measured_cuts_fit(hidden: int, ffn: int, rows: int, head_dim: int) -> None:
+    """Whatever the heads."""
+    heads = hidden // head_dim
+    one = replace(BERT, hidden=hidden, ffn=ffn, heads=heads, kv_heads=heads, head_dim=head_dim)
+    assert compiled_rows(rows) == rows
+    assert_fits(one, Layout.of(one, rows, 132))
+
+
 @pytest.mark.parametrize("tiles", [1, 2, 3, 6, 8])
 @pytest.mark.parametrize("one", [BERT, LARGE, SMALL], ids=["base", "large", "small"])
 def test_sizes_fit(one: ModelSpec, tiles: int) -> None:
+    assert_fits(one, Layout.of(one, 64 * tiles, 132))
+
+
+def assert_fits(one: ModelSpec, layout: Layout) -> None:
     """The ring in shared memory, a tile in every part of K, and columns that the instruction takes."""
-    layout = Layout.of(one, 64 * tiles, 132)
     shapes = ((3 * one.hidden, one.hidden), (one.hidden, one.hidden), (one.ffn, one.hidden), (one.hidden, one.ffn))
-    assert persistent_encoder.FEWEST_STAGES <= layout.stages <= persistent_encoder.MOST_STAGES
+    assert encoder_layout.FEWEST_STAGES <= layout.stages <= encoder_layout.MOST_STAGES
     assert layout.stages * layout.stage_bytes < persistent_encoder.SHARED_LIMIT
     assert layout.stage_bytes % 1024 == 0, "a swizzled tile begins at a multiple of 1024"
     for units, (_, k) in zip(layout.units, shapes, strict=True):
@@ -103,6 +138,12 @@ def test_sizes_fit(one: ModelSpec, tiles: int) -> None:
         steps = units.steps(k)
         assert (units.split - 1) * steps < k // 64 <= units.split * steps
     assert layout.qkv.split == layout.up.split == 1, "what stands behind them takes whole sums"
+
+
+def test_rows_that_a_kernel_is_compiled_for() -> None:
+    assert [compiled_rows(rows) for rows in (1, 16, 17, 48, 64, 65, 112, 128, 130)] == [
+        16, 16, 32, 48, 64, 128, 128, 128, 192
+    ]  # fmt: skip
 
 
 def test_parts_without_a_tile_are_refused() -> None:
