@@ -63,6 +63,7 @@ CUTS: dict[tuple[int, int, int], tuple[Units, Units, Units, Units]] = {
     (768, 3072, 16): (Units(24, 1), Units(32, 3), Units(24, 1), Units(32, 4)),
     (768, 3072, 32): (Units(24, 1), Units(40, 6), Units(24, 1), Units(32, 4)),
     (1024, 4096, 16): (Units(24, 1), Units(32, 4), Units(32, 1), Units(48, 6)),
+    (1024, 4096, 32): (Units(24, 1), Units(32, 4), Units(32, 1), Units(32, 4)),
 }
 
 

@@ -61,10 +61,10 @@ TABLE: dict[tuple[int, int, int], Tile] = {
 }
 #: (hidden, ffn) of the models whose forwards by these tiles were measured ahead of the graph of ``generic``, from how
 #: many tokens to how many. cuBLAS is faster elsewhere (benchmarks/RESULTS.md).
-AHEAD: dict[tuple[int, int], tuple[int, int]] = {(768, 3072): (33, 128), (1024, 4096): (1, 96)}
+AHEAD: dict[tuple[int, int], tuple[int, int]] = {(768, 3072): (17, 128), (1024, 4096): (1, 96)}
 #: (hidden, ffn) of the models whose forwards by the persistent kernel were measured ahead of both, up to how many
 #: tokens, a multiple of 16.
-AHEAD_PERSISTENT: dict[tuple[int, int], int] = {(768, 3072): 32, (1024, 4096): 16}
+AHEAD_PERSISTENT: dict[tuple[int, int], int] = {(768, 3072): 32, (1024, 4096): 32}
 
 
 def candidates(m: int, n: int, k: int, itemsize: int) -> Iterator[Tile]:
