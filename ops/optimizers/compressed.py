@@ -14,7 +14,8 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from ops.compression import Errors, GradientCollective, SingleProcess, for_other_size
-from ops.optimizers.batch import BUCKET_ELEMENTS, Batch, Piece, compute_dtype, flattened, pieces
+from ops.compression.collective import all_finite
+from ops.optimizers.batch import BUCKET_ELEMENTS, Batch, Piece, compute_dtype, end_to_end, pieces
 from ops.optimizers.moments import Arithmetic
 from ops.optimizers.pays import MeasuredOptimizer, Verdict
 
@@ -40,8 +41,10 @@ class Bucket:
         """Piece by piece, with what has come of each parameter. It is zero where the variance is: there nothing ever
         had a gradient, and signs would move it."""
         for piece in pieces(self.batch):
-            flat = self.momentum[piece.at]
-            flat.mul_(flattened(piece.batch.exp_avg_sqs) > 0)
+            flat, variance = self.momentum[piece.at], end_to_end(piece.batch.exp_avg_sqs)
+            # On a CPU looking is cheaper than writing: almost everything has had a gradient.
+            if flat.device.type != "cpu" or not variance.amin() > 0:
+                flat.mul_(variance > 0)
             moments = piece.batch.exp_avgs
             parts = flat.split(sizes_of(piece.batch))
             yield piece, [part.view(moment.shape) for part, moment in zip(parts, moments, strict=True)]
@@ -50,6 +53,12 @@ class Bucket:
 def sizes_of(batch: Batch) -> list[int]:
     """Elements of its parameters."""
     return [moment.numel() for moment in batch.exp_avgs]
+
+
+def _nothing_if_finite(grads: Sequence[Tensor]) -> Tensor:
+    """0-dim fp64: 0, or NaN where an element is no number."""
+    finite = all_finite(grads)
+    return torch.where(finite, 0.0, torch.nan).double()
 
 
 class CompressedOptimizer(MeasuredOptimizer):
@@ -164,7 +173,10 @@ class CompressedOptimizer(MeasuredOptimizer):
     def _mean_square(self, grads: Sequence[Tensor]) -> float:
         """The mean over processes of their squared gradient norms: no number where one of theirs is none. Raises where
         processes have not as many gradients, before these are exchanged."""
-        square, count = self._square(grads), float(sum(grad.numel() for grad in grads))
+        # The norm is asked for where it clips, and once to tell whether somebody has averaged already.
+        asked = self.defaults["max_grad_norm"] or not self._steps
+        square = self._square(grads) if asked else _nothing_if_finite(grads)
+        count = float(sum(grad.numel() for grad in grads))
         facts = torch.stack([square, square.square(), square.new_tensor(count), square.new_tensor(count * count)])
         self.collective.mean([facts]).wait()
         found, found_square, mean, mean_square = facts.tolist()
@@ -241,8 +253,7 @@ class CompressedOptimizer(MeasuredOptimizer):
 
     def momentum(self, batch: Batch, grads: Sequence[Tensor], beta1: float, out: Tensor) -> None:
         """Writes what is exchanged to ``out``, end to end: the common momentum, moved by this process's gradient."""
-        torch.cat([moment.reshape(-1) for moment in batch.exp_avgs], out=out)
-        out.lerp_(flattened(grads), 1 - beta1)
+        torch.lerp(end_to_end(batch.exp_avgs), end_to_end(grads), 1 - beta1, out=out)
 
     def finish(self, bucket: Bucket, group: Mapping[str, Any]) -> None:
         """A step along the mean momentum, which has come and becomes everybody's."""
