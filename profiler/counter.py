@@ -147,15 +147,16 @@ class Counter:
     def _ran(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """An operator has run."""
         call = Call(op, args, kwargs, result)
-        place = None
-        if not self._covered:
-            place = self._add(call, str(getattr(op, "_overloadpacket", op)), cost_of(call))
-        self._activations.made(call, place or self._tree.current)
-
-    def _add(self, call: Call, name: str, cost: Cost | None) -> Place:
         place, phase = self._tree.locate(bool(self._steps))
-        if phase == "backward":
+        if phase == "forward":
+            self._activations.made(call, place)
+        elif phase == "backward":
             self._activations.settle()
+        if not self._covered:
+            self._add(call, str(getattr(op, "_overloadpacket", op)), cost_of(call))
+
+    def _add(self, call: Call, name: str, cost: Cost | None) -> None:
+        place, phase = self._tree.locate(bool(self._steps))
         if cost is None:
             self._unknown[name] += 1
             cost = Cost(0)
@@ -165,7 +166,6 @@ class Counter:
             read, written = counted[0] if read is None else read, counted[1] if written is None else written
         executed = cost.flops if cost.executed_flops is None else cost.executed_flops
         place.add(phase, name, Work(1, cost.flops, executed, cost.macs, read, written))
-        return place
 
 
 class _Mode(TorchDispatchMode):
@@ -174,7 +174,7 @@ class _Mode(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, counter: Counter) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._counter = counter
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -191,7 +191,8 @@ class _Mode(TorchDispatchMode):
             if parts is not NotImplemented:
                 return parts
         result = func(*args, **kwargs)
-        self._counter._ran(func, args, kwargs, result)
+        if getattr(func, "namespace", "") != "profiler":  # names for a trace
+            self._counter._ran(func, args, kwargs, result)
         return result
 
 
@@ -206,8 +207,6 @@ class _Activations:
     def made(self, call: Call, place: Place) -> None:
         """Note the storages that a call returned and was not given."""
         results = list(tensors_in(call.result))
-        if not results or torch._C._current_graph_task_id() != -1:
-            return
         known = {storage_key(tensor) for tensor in call.inputs}
         for tensor in results:
             key = storage_key(tensor)
@@ -228,8 +227,6 @@ class _Activations:
         for place, size in kept:
             place.activation_bytes += size
         self._most, self._noted = total, [place for place, _ in kept]
-
-
 
 
 def count(function: Callable[..., R], *args: Any, **kwargs: Any) -> tuple[R, Counts]:

@@ -26,7 +26,7 @@ FORMULAS: dict[str, Callable[[Call], Cost]] = {
 }
 
 #: Namespaces whose operators are named in the tables.
-_NAMESPACES = frozenset(("aten", "prim", "prims", "mkldnn", "higher_order"))
+_NAMESPACES = frozenset(("aten", "prim", "prims", "mkldnn"))
 
 
 def has_formula(op: object) -> bool:

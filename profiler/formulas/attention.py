@@ -106,8 +106,8 @@ def _block_pairs(mask: tuple[Any, ...], heads: int, most: int) -> int:
         return heads * most
     rows, columns = mask[-3:-1]
     blocks = int(partial.sum()) + (int(full.sum()) if full is not None else 0)
-    listed = partial.shape[0] * partial.shape[1]
-    return min(blocks * rows * columns * heads // listed, heads * most)
+    listed = int(partial.shape[0]) * int(partial.shape[1])
+    return min(blocks * int(rows) * int(columns) * heads // listed, heads * most)
 
 
 _FLASH = ("cum_seq_q", "cum_seq_k", "max_q", "max_k")

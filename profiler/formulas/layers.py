@@ -20,7 +20,9 @@ from profiler.formulas.products import product
 _CELLS = {0: (1, 2, 1), 1: (1, 2, 3), 2: (4, 22, 21), 3: (3, 16, 15)}
 
 
-def _recurrent(tokens: int, weights: Sequence[Tensor], call: Call, units: int, backward: tuple[bool, bool] | None) -> Cost:
+def _recurrent(
+    tokens: int, weights: Sequence[Tensor], call: Call, units: int, backward: tuple[bool, bool] | None
+) -> Cost:
     """``tokens`` run through each layer and direction; ``units`` hidden units a token in all of them together;
     ``backward``: whether gradients of inputs and of weights are made."""
     _, forward_ops, backward_ops = _CELLS[call["mode"]]
@@ -104,9 +106,7 @@ def _encoder_layer(call: Call) -> Cost:
     attention = _self_attention(call, call["src"], call["num_heads"])
     tokens, _ = _shapes(call["src"])
     width, inner = call["embed_dim"], call["ffn_bias_1"].numel()
-    ffn = product(
-        2 * tokens * (call["ffn_weight_1"].numel() + call["ffn_weight_2"].numel()), tokens * (inner + width)
-    )
+    ffn = product(2 * tokens * (call["ffn_weight_1"].numel() + call["ffn_weight_2"].numel()), tokens * (inner + width))
     norms = 2 * (7 * tokens * width + 4 * tokens) + 2 * tokens * width
     pointwise = norms + (5 if call["use_gelu"] else 1) * tokens * inner
     return Cost(

@@ -5,26 +5,23 @@
 
 from __future__ import annotations
 
-FREE = frozenset(
-    """
+_FREE = """
     empty empty_like empty_strided new_empty new_empty_strided empty_permuted resize resize_as set set_data
-    _resize_output record_stream device layout size stride numel dim storage_offset is_contiguous sym_size
+    _resize_output record_stream size stride numel dim storage_offset is_contiguous sym_size
     sym_stride sym_numel sym_storage_offset sym_is_contiguous is_same_size _has_same_storage_numel is_pinned
     _assert_async _assert_scalar _assert_tensor_metadata _functional_assert_async
     sym_constrain_range sym_constrain_range_for_size _cudnn_init_dropout_state _nested_tensor_size
-    _use_cudnn_ctc_loss _version manual_seed _cufft_get_plan_cache_size
-    """.split()
-)
+    _use_cudnn_ctc_loss _version _cufft_get_plan_cache_size
+"""
 
-MOVED = frozenset(
-    """
-    clone copy _to_copy _copy_from contiguous to cat _cat stack hstack vstack repeat repeat_interleave tile
+_MOVED = """
+    clone copy _to_copy _copy_from contiguous to cat stack hstack vstack repeat repeat_interleave tile
     index index_select _unsafe_index gather take take_along_dim masked_select nonzero nonzero_static argwhere
     scatter index_copy index_fill masked_fill masked_scatter where roll flip rot90 put fill zero zeros ones full
     zeros_like ones_like full_like new_zeros new_ones new_full scalar_tensor arange range linspace logspace eye
     tril triu tril_indices triu_indices diag_embed slice_scatter select_scatter diagonal_scatter as_strided_scatter
     slice_backward select_backward diagonal_backward unfold_backward value_selecting_reduction_backward
-    embedding sort argsort topk kthvalue mode msort unique _unique2 unique_dim unique_consecutive bincount histc
+    embedding sort argsort topk kthvalue mode msort _unique2 unique_dim unique_consecutive bincount histc
     searchsorted bucketize one_hot isin complex real imag view_as_real_copy
     rand rand_like randn randn_like randint randint_like randperm normal normal_functional uniform bernoulli
     random exponential cauchy geometric log_normal multinomial poisson binomial _standard_gamma _sample_dirichlet
@@ -43,5 +40,7 @@ MOVED = frozenset(
     __and__ __or__ __xor__ __lshift__ __rshift__ __iand__ __ior__ __ixor__ __ilshift__ __irshift__
     signbit gcd lcm _convert_weight_to_int4pack _convert_weight_to_int4pack_for_cpu
     _nested_select_backward _linalg_check_errors _validate_compressed_sparse_indices
-    """.split()
-)
+"""
+
+FREE = frozenset(_FREE.split())
+MOVED = frozenset(_MOVED.split())

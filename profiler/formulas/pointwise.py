@@ -47,6 +47,7 @@ _MORE = {
     "softplus_backward": 6,
     "elu": 5,  # x > 0, scale alpha expm1(input_scale x)
     "elu_backward": 5,
+    "celu": 4,
     "log_sigmoid_forward": 6,  # min(x, 0) - log1p(exp(-|x|))
     "log_sigmoid_backward": 6,
     "hardsigmoid": 4,  # clamp(x + 3, 0, 6) / 6
@@ -67,7 +68,6 @@ _MORE = {
     "native_dropout": 2,  # x mask / (1 - p)
     "_fused_dropout": 2,
     "native_dropout_backward": 2,
-    "masked_scale": 2,
     "_masked_scale": 2,
     "fake_quantize_per_tensor_affine_cachemask": 6,  # (clamp(round(x / s) + z, a, b) - z) s, a clamp being two
     "fake_quantize_per_channel_affine_cachemask": 6,
@@ -78,7 +78,6 @@ _MORE = {
     "cross": 3,
     # losses, for an element of the input; the sum of reduced ones is added by ``_loss``
     "mse_loss_backward": 3,  # 2 (x - y) g
-    "l1_loss_backward": 3,
     "smooth_l1_loss_backward": 4,
     "huber_loss_backward": 4,
     "soft_margin_loss_backward": 6,
@@ -172,6 +171,13 @@ def _sgd(call: Call) -> Cost:
     return Cost((count + (call["grad_scale"] is not None)) * size, bytes_written=_fused_writes(call))
 
 
+def _adagrad(call: Call) -> Cost:
+    """torch.optim.Adagrad: weight decay 2, the sum of squares 2, root, eps, quotient, step 2."""
+    size = sum(tensor.numel() for tensor in call["self"])
+    count = 7 + 2 * (call["weight_decay"] != 0) + (call["grad_scale"] is not None)
+    return Cost(count * size, bytes_written=_fused_writes(call))
+
+
 def _unscale(call: Call) -> Cost:
     """A comparison and a product for each gradient."""
     return Cost(2 * sum(tensor.numel() for tensor in call["self"]))
@@ -193,6 +199,6 @@ FORMULAS: dict[str, Callable[[Call], Cost]] = {
     "_fused_adam": _adam(decoupled=False),
     "_fused_adamw": _adam(decoupled=True),
     "_fused_sgd": _sgd,
-    "_amp_non_finite_check_and_unscale": _unscale,
+    "_fused_adagrad": _adagrad,
     "_amp_foreach_non_finite_check_and_unscale": _unscale,
 }

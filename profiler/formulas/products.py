@@ -37,7 +37,7 @@ def _sums(call: Call) -> int:
     """Of beta self + alpha (a @ b), for each result: a sum unless beta is 0, a product each where beta or alpha is not
     1; of an operator that adds nothing, 0."""
     beta, alpha = call.get("beta", 0), call.get("alpha", 1)
-    return (beta != 0) + (beta not in (0, 1)) + (alpha != 1)
+    return sum((bool(beta != 0), beta not in (0, 1), bool(alpha != 1)))
 
 
 def _added(call: Call) -> Cost:
@@ -165,7 +165,7 @@ FORMULAS: dict[str, Callable[[Call], Cost]] = {
     "convolution_backward_overrideable": _convolution_backward,
     "mkldnn_convolution": _mkldnn_convolution,
     "_convolution_pointwise": _mkldnn_convolution,
-    **dict.fromkeys(("_linear_pointwise", "mkldnn_linear", "linear"), _rows_by_out("weight", "bias")),
+    **dict.fromkeys(("_linear_pointwise", "mkldnn_linear"), _rows_by_out("weight", "bias")),
     **dict.fromkeys(
         ("_weight_int8pack_mm", "_weight_int4pack_mm", "_weight_int4pack_mm_for_cpu"), _rows_by_out("mat2")
     ),

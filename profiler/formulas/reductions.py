@@ -53,7 +53,10 @@ def _reduction(inner: int, outer: int) -> Callable[[Call], Cost]:
             return Cost(0)
         source = call.args[0]
         size = sum(tensor.numel() for tensor in tensors_in(source))
-        return Cost(inner * size + outer * (sum(t.numel() for t in call.outputs) if isinstance(source, list) else call.output.numel()))
+        return Cost(
+            inner * size
+            + outer * (sum(t.numel() for t in call.outputs) if isinstance(source, list) else call.output.numel())
+        )
 
     return formula
 
@@ -114,7 +117,9 @@ def _batch_norm(call: Call) -> Cost:
 def _batch_norm_backward(call: Call) -> Cost:
     if not call.get("train", call.get("update", True)):
         wanted = list(call["output_mask"])
-        return Cost(((1 + (call["weight"] is not None)) * wanted[0] + 4 * wanted[1] + wanted[2]) * call["input"].numel())
+        return Cost(
+            ((1 + (call["weight"] is not None)) * wanted[0] + 4 * wanted[1] + wanted[2]) * call["input"].numel()
+        )
     return _norm_backward()(call)
 
 
@@ -214,7 +219,7 @@ FORMULAS: dict[str, Callable[[Call], Cost]] = {
     **{f"max_pool{n}d_with_indices": _pool(0) for n in (2, 3)},
     **{f"max_pool{n}d_with_indices_backward": _gradient(1) for n in (2, 3)},
     **{f"avg_pool{n}d": _pool(1) for n in (1, 2, 3)},
-    **{f"avg_pool{n}d_backward": _average_backward for n in (1, 2, 3)},
+    **{f"avg_pool{n}d_backward": _average_backward for n in (2, 3)},
     **{f"fractional_max_pool{n}d": _pool(0) for n in (2, 3)},
     **{f"fractional_max_pool{n}d_backward": _gradient(1) for n in (2, 3)},
     **{f"adaptive_max_pool{n}d": _adaptive(0) for n in (2, 3)},
@@ -228,6 +233,8 @@ FORMULAS: dict[str, Callable[[Call], Cost]] = {
     **{f"{name}_backward": _gradient(2 * points) for name, points in _POINTS.items()},
     **{f"upsample_nearest{n}d_backward": _gradient(1) for n in (1, 2, 3)},
     **{f"{kind}_pad{n}d_backward": _gradient(1) for n in (1, 2, 3) for kind in ("reflection", "replication")},
+    "_weight_norm_interface": lambda call: Cost(3 * call["v"].numel() + 2 * call["g"].numel()),  # g v / |v|
+    "_weight_norm_interface_backward": lambda call: Cost(6 * call["saved_v"].numel() + 4 * call["saved_g"].numel()),
     "col2im": _gradient(1),
     "embedding_dense_backward": _gradient(1),
     "embedding_renorm": lambda call: Cost(3 * call["indices"].numel() * call["self"].shape[-1]),
