@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo import OptimizedModule
 
 from profiler.counts import ModuleCounts, Phase, Work
 
@@ -92,6 +93,8 @@ class ModuleTree:
     def add(self, model: nn.Module, prefixed: bool) -> None:
         """Give every module below ``model`` a place. With ``prefixed`` names begin with the model's own, which keeps
         several models apart."""
+        if isinstance(model, OptimizedModule):
+            model = model._orig_mod
         taken = {place.name for place in _walk(self.root)}
         kind = type(model).__name__
         top = next(name for name in _numbered(kind) if name not in taken)
@@ -125,20 +128,23 @@ class ModuleTree:
     def enter(self, module: nn.Module) -> None:
         """A module's forward begins."""
         if id(module) not in self._known:
+            if isinstance(module, OptimizedModule):
+                return  # what ``torch.compile`` put around a model, which is entered next
             self.add(module, prefixed=True)
         path = self.current.path
         place = max(self._known[id(module)][1], key=lambda candidate: _common(candidate.path, path))
         task = torch._C._current_graph_task_id()
         self._stack.append((module, place, task))
-        self._own_parameters(module, place)  # lazy modules have them only now
         place.calls["forward" if task == -1 else "recompute"] += 1
         self._note()
 
     def leave(self, module: nn.Module) -> None:
         """A module's forward has ended, well or not."""
         if any(entered is module for entered, _, _ in self._stack):
-            while self._stack.pop()[0] is not module:
-                pass
+            entered, place, _ = self._stack.pop()
+            while entered is not module:
+                entered, place, _ = self._stack.pop()
+            self._own_parameters(module, place)  # lazy modules have them only now
             self._note()
 
     def _note(self) -> None:
