@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo import OptimizedModule
 
 from profiler.counts import ModuleCounts, Phase, Work
 
@@ -93,8 +92,7 @@ class ModuleTree:
     def add(self, model: nn.Module, prefixed: bool) -> None:
         """Give every module below ``model`` a place. With ``prefixed`` names begin with the model's own, which keeps
         several models apart."""
-        if isinstance(model, OptimizedModule):
-            model = model._orig_mod
+        model = model._orig_mod if _is_compiled(model) else model
         taken = {place.name for place in _walk(self.root)}
         kind = type(model).__name__
         top = next(name for name in _numbered(kind) if name not in taken)
@@ -128,7 +126,7 @@ class ModuleTree:
     def enter(self, module: nn.Module) -> None:
         """A module's forward begins."""
         if id(module) not in self._known:
-            if isinstance(module, OptimizedModule):
+            if _is_compiled(module):
                 return  # what ``torch.compile`` put around a model, which is entered next
             self.add(module, prefixed=True)
         path = self.current.path
@@ -174,6 +172,13 @@ class ModuleTree:
             owner = self._owners.get(id(parameter))
             return owner[1] if owner else self.root
         return marks.find(node._sequence_nr()) or self.root
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` put this around a module."""
+    from torch._dynamo import OptimizedModule  # takes a second to import
+
+    return isinstance(module, OptimizedModule)
 
 
 def _walk(place: Place) -> list[Place]:

@@ -80,7 +80,9 @@ def make(name):
     if family == "llama":
         return language_model(LlamaForCausalLM, LlamaConfig(**TEXT, num_key_value_heads=2), attention)
     if family == "vit":
-        config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32)
+        config = ViTConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32
+        )
         model = ViTForImageClassification._from_config(config, attn_implementation=attention)
         return model, lambda: model(torch.randn(2, 3, 32, 32)).logits.sum()
     if family == "resnet50":
@@ -117,7 +119,9 @@ def test_forward_and_backward(name):
         expected = {str(operator): flops for operator, flops in theirs.get_flop_counts()["Global"].items()}
         assert sum(expected.values()) > 0
         assert by_operator(counts, phase, expected) == expected
-    products = [work for phase in ("forward", "backward") for work in counts.root.operators(phase).values() if work.macs]
+    products = [
+        work for phase in ("forward", "backward") for work in counts.root.operators(phase).values() if work.macs
+    ]
     assert 2 * counts.total().macs <= sum(work.flops for work in products)
 
     top = type(model).__name__

@@ -248,7 +248,11 @@ def test_attention_of_sequences_end_to_end(lengths, kind):
 
 # ---- recurrent layers ----
 
-RECURRENT = {"LSTM": (nn.LSTM, nn.LSTMCell, 4, 22), "GRU": (nn.GRU, nn.GRUCell, 3, 16), "RNN": (nn.RNN, nn.RNNCell, 1, 2)}
+RECURRENT = {
+    "LSTM": (nn.LSTM, nn.LSTMCell, 4, 22),
+    "GRU": (nn.GRU, nn.GRUCell, 3, 16),
+    "RNN": (nn.RNN, nn.RNNCell, 1, 2),
+}
 
 
 @examples
@@ -357,7 +361,9 @@ def test_elementwise_operators_of_two(a, b):
     assert work(lambda: x.clamp(min=0)) == a * b
     assert work(lambda: x.clamp(0, 1)) == 2 * a * b
     assert work(lambda: torch.arange(a * b) + 1) == 0  # integers are no floating point numbers
-    assert sum(work.flops for work in count(torch._foreach_mul, [x, row], 2.0)[1].root.operators().values()) == a * b + b
+    assert (
+        sum(work.flops for work in count(torch._foreach_mul, [x, row], 2.0)[1].root.operators().values()) == a * b + b
+    )
 
 
 @examples
@@ -371,9 +377,9 @@ def test_losses(b, n, d):
     assert work(lambda: F.huber_loss(x, y)) == 6 * b * n + 1
     classes = torch.zeros(b, dtype=torch.long)
     assert work(lambda: F.cross_entropy(x, classes)) == 5 * b * n + b + 2 * b + 1  # log_softmax; the classes' own
-    assert work(lambda: F.binary_cross_entropy_with_logits(x, y.sigmoid().detach()), "binary_cross_entropy_with_logits") == (
-        10 * b * n + 1
-    )
+    assert work(
+        lambda: F.binary_cross_entropy_with_logits(x, y.sigmoid().detach()), "binary_cross_entropy_with_logits"
+    ) == (10 * b * n + 1)
 
 
 @examples

@@ -267,7 +267,9 @@ def test_activations_are_what_the_backward_pass_will_use():
     counts = counter.counts()
     assert counts.module("0").activation_bytes == 0  # the tanh keeps its result, not what it was given
     assert counts.module("1").activation_bytes == 3 * 8 * 4
-    assert counts.root.total_activation_bytes == 3 * 8 * 4 + 2 * loss.nbytes  # the loss, and the 1 its backward begins with
+    assert (
+        counts.root.total_activation_bytes == 3 * 8 * 4 + 2 * loss.nbytes
+    )  # the loss, and the 1 its backward begins with
 
 
 @pytest.mark.parametrize("kind", ["reentrant", "plain"])
