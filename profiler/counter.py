@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -176,12 +177,16 @@ class _Mode(TorchDispatchMode):
     def __init__(self, counter: Counter) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._counter = counter
+        #: Operators of wrapping subclasses that run now, and whether one is on its way to its subclass.
+        self._wrapped = 0
+        self._handed = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # A subclass that wraps tensors (DTensor, jagged tensors) makes operators of its own: those are counted.
-        if func in _QUESTIONS or any(hasattr(kind, "__tensor_flatten__") for kind in types):
+        if func in _QUESTIONS:
             return NotImplemented
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return self._unwrapped(func, args, kwargs)
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise ProfilerError("a CUDA graph is being captured: count the same work before it is captured")
         if isinstance(func, torch._ops.OpOverload) and not has_formula(func):
@@ -191,9 +196,25 @@ class _Mode(TorchDispatchMode):
             if parts is not NotImplemented:
                 return parts
         result = func(*args, **kwargs)
-        if getattr(func, "namespace", "") != "profiler":  # names for a trace
+        named = getattr(func, "namespace", "") == "profiler"  # a range in a trace
+        if not named and not (self._wrapped and FakeTensor in types):
             self._counter._ran(func, args, kwargs, result)
         return result
+
+    def _unwrapped(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A subclass that wraps tensors (DTensor, jagged tensors) makes operators of its own: those are counted, but
+        not the fake ones by which it learns shapes."""
+        if self._handed:
+            self._handed = False
+            return NotImplemented
+        self._handed = True
+        self._wrapped += 1
+        try:
+            with self:
+                return func(*args, **kwargs)
+        finally:
+            self._wrapped -= 1
+            self._handed = False
 
 
 class _Activations:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections import defaultdict
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -92,7 +92,8 @@ class ModuleTree:
     def add(self, model: nn.Module, prefixed: bool) -> None:
         """Give every module below ``model`` a place. With ``prefixed`` names begin with the model's own, which keeps
         several models apart."""
-        model = model._orig_mod if _is_compiled(model) else model
+        if _is_compiled(model):
+            model = cast(nn.Module, model._orig_mod)
         taken = {place.name for place in _walk(self.root)}
         kind = type(model).__name__
         top = next(name for name in _numbered(kind) if name not in taken)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ops.costs import COSTS, Cost
 from profiler.formulas import attention, layers, pointwise, products, reductions
-from profiler.formulas.call import Call
+from profiler.formulas.call import Call, tensors_in, touched_bytes
 from profiler.formulas.movement import FREE, MOVED
 
 FORMULAS: dict[str, Callable[[Call], Cost]] = {
@@ -27,6 +27,9 @@ FORMULAS: dict[str, Callable[[Call], Cost]] = {
 
 #: Namespaces whose operators are named in the tables.
 _NAMESPACES = frozenset(("aten", "prim", "prims", "mkldnn"))
+
+#: Collectives: bytes that this process gives and gets; the sums of a reduction are not counted.
+_COMMUNICATION = frozenset(("c10d", "_c10d_functional", "_c10d_functional_autograd", "fsdp", "symm_mem"))
 
 
 def has_formula(op: object) -> bool:
@@ -59,6 +62,9 @@ def _work(call: Call) -> Cost | None:
             return FORMULAS[call.name](call)
         if call.name in FREE or call.name in MOVED or _is_view(call):
             return Cost(0)
+    elif getattr(call.op, "namespace", "") in _COMMUNICATION:  # whose signatures do not say what they write
+        given, got = (sum(map(touched_bytes, tensors_in(value))) for value in ([call.args, call.kwargs], call.result))
+        return Cost(0, bytes_read=given, bytes_written=got)
     return products.torch_product(call) if packet in flop_registry else None
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ops.costs import Cost
 from profiler.formulas.call import Call
@@ -55,7 +55,7 @@ def _sdpa(backward: bool) -> Callable[[Call], Cost]:
 
 def _lengths(offsets: Tensor, longest: int) -> list[int]:
     """Lengths from cumulated ones; without values (fake tensors) the longest for each."""
-    if offsets.device.type == "meta" or isinstance(offsets, torch._subclasses.FakeTensor):
+    if offsets.device.type == "meta" or isinstance(offsets, FakeTensor):
         return [longest] * (offsets.numel() - 1)
     found: list[int] = offsets.diff().tolist()
     return found
@@ -102,7 +102,7 @@ def _flex(backward: bool) -> Callable[[Call], Cost]:
 def _block_pairs(mask: tuple[Any, ...], heads: int, most: int) -> int:
     """Pairs in the blocks that are computed, of all heads: what ``BlockMask.as_tuple`` holds of them."""
     partial, full = mask[2], mask[4]
-    if partial.device.type == "meta" or isinstance(partial, torch._subclasses.FakeTensor):
+    if partial.device.type == "meta" or isinstance(partial, FakeTensor):
         return heads * most
     rows, columns = mask[-3:-1]
     blocks = int(partial.sum()) + (int(full.sum()) if full is not None else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -87,19 +88,26 @@ class Call:
 
     def __getitem__(self, name: str) -> Any:
         """The argument of that name, or its default."""
-        return next(value for argument, value in self._bound() if argument.name == name)
+        return self._named[name]
 
     def get(self, name: str, default: Any = None) -> Any:
         """The argument of that name, or ``default`` if the operator has none such."""
-        return next((value for argument, value in self._bound() if argument.name == name), default)
+        return self._named.get(name, default)
 
-    def _bound(self) -> Iterator[tuple[Any, Any]]:
+    @cached_property
+    def _named(self) -> dict[str, Any]:
+        return {argument.name: value for argument, value in self._bound}
+
+    @cached_property
+    def _bound(self) -> list[tuple[Any, Any]]:
         """Schema arguments with their values; nothing without a schema."""
-        for place, argument in enumerate(self.schema.arguments if self.schema else ()):
-            if place < len(self.args):
-                yield argument, self.args[place]
-            else:
-                yield argument, self.kwargs.get(argument.name, argument.default_value)
+        return [
+            (
+                argument,
+                self.args[place] if place < len(self.args) else self.kwargs.get(argument.name, argument.default_value),
+            )
+            for place, argument in enumerate(self.schema.arguments if self.schema else ())
+        ]
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -118,7 +126,7 @@ class Call:
         return self.outputs[0]
 
     def _written(self) -> list[tuple[Any, Any]]:
-        return [pair for pair in self._bound() if pair[0].alias_info is not None and pair[0].alias_info.is_write]
+        return [pair for pair in self._bound if pair[0].alias_info is not None and pair[0].alias_info.is_write]
 
     @property
     def floating(self) -> bool:
@@ -160,7 +168,7 @@ class Call:
         seen = set()
         total = 0
         gathered = _GATHERS.get(self.name)
-        for argument, value in self._bound():
+        for argument, value in self._bound:
             if self._only_written(argument):
                 continue
             for tensor in tensors_in(value):

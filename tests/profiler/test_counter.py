@@ -8,8 +8,10 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import checkpoint
@@ -253,6 +255,35 @@ def test_jagged_tensors_count_their_parts():
     x = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(5, 4)], layout=torch.jagged)
     _, counts = count(nn.Linear(4, 3), x)
     assert counts.total().macs == 7 * 12
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_distributed_tensors_count_their_parts_and_collectives_are_known(one_process):
+    mesh = init_device_mesh("cpu", (1,))
+    left, right = (distribute_tensor(torch.randn(4, 4), mesh, [Shard(0)]) for _ in range(2))
+    with Counter() as counter:
+        left @ right + 1
+        dist.all_reduce(torch.ones(3))
+    counts = counter.counts()
+    assert not counts.unknown
+    assert (counts.total().macs, counts.total().flops) == (64, 128 + 16)
+    assert counts.root.operators()["c10d.allreduce_"].bytes_read == 12
+
+
+def test_a_replicated_model_counts_as_itself(one_process):
+    model = nn.parallel.DistributedDataParallel(Net())
+    with Counter(model.module) as counter:
+        train(model)
+    counts, alone = counter.counts(), counted(Net())
+    assert counts.total("forward").flops == alone.total("forward").flops
+    assert counts.root.total_parameters == alone.root.total_parameters
+    assert counts.total("backward").macs == alone.total("backward").macs
 
 
 # ---- activations ----
