@@ -164,6 +164,20 @@ def test_every_operation_of_a_model_lies_in_its_tree():
     assert counts.total("forward").flops == counts.module("LlamaForCausalLM").total("forward").flops > 0
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_the_weight_gradient_in_groups_is_where_torch_counts_too_much(groups):
+    """Its products are those of the forward pass; torch takes the weight for dense, ``groups`` times as many."""
+    layer, x = nn.Conv2d(4, 8, 3, groups=groups, bias=False), torch.randn(2, 4, 8, 8)
+    result = layer(x)
+    with FlopCounterMode(display=False) as theirs:
+        result.sum().backward()
+    with Counter(layer) as counter:
+        layer(x).sum().backward()
+    total = counter.counts().total
+    assert total("backward").macs == total("forward").macs
+    assert theirs.get_total_flops() == groups * 2 * total("backward").macs
+
+
 def test_an_lstm_in_one_operator_is_the_sum_of_its_cells():
     """oneDNN's layer, of which torch counts nothing, costs what the decomposed cells cost."""
     layer, cell = nn.LSTM(12, 8), nn.LSTMCell(12, 8)
