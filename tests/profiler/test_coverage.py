@@ -15,8 +15,8 @@ VOLUME = (2, 4, 4, 4, 4)
 
 LAYERS = {
     "ReLU ReLU6 Hardtanh LeakyReLU PReLU RReLU Hardshrink Softshrink Tanhshrink Sigmoid Tanh SiLU Mish": TOKENS,
-    "Softplus ELU SELU CELU LogSigmoid Hardsigmoid Hardswish GELU Softsign GLU Softmax(-1) LogSoftmax(-1) Softmin(-1)": TOKENS,
-    "Dropout AlphaDropout": TOKENS,
+    "Softplus ELU SELU CELU LogSigmoid Hardsigmoid Hardswish GELU Softsign GLU": TOKENS,
+    "Softmax(-1) LogSoftmax(-1) Softmin(-1) Dropout AlphaDropout": TOKENS,
     "Identity Flatten Softmax2d Dropout2d ChannelShuffle(2) PixelShuffle(2) PixelUnshuffle(2) Dropout3d": IMAGE,
     "Linear(16,8) Linear(16,8,bias=False) LayerNorm(16) RMSNorm(16) Threshold(0.1,0.0) Bilinear": TOKENS,
     "LSTM(16,8) LSTM(16,8,2,batch_first=True,bidirectional=True) GRU(16,8)": TOKENS,
