@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
@@ -71,6 +72,21 @@ def touched_bytes(tensor: Tensor) -> int:
 def storage_key(tensor: Tensor) -> int:
     """What tells one storage from another among tensors that are alive; 0 for tensors without one."""
     return tensor.untyped_storage()._cdata if tensor.layout == torch.strided and not tensor.is_nested else 0
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """What two tensors have in common that are the same view of the same memory."""
+    storage = storage_key(tensor)
+    return (storage, tensor.storage_offset(), tensor.shape, tensor.stride()) if storage else (id(tensor),)
+
+
+def _indexed(target: Tensor, indices: Sequence[Tensor | None]) -> int:
+    """Elements that ``target[indices]`` has; all that a mask covers, whose values are not looked at."""
+    given = [index for index in indices if index is not None]
+    if any(index.dtype == torch.bool for index in given):
+        return target.numel()
+    rest = [size for axis, size in enumerate(target.shape) if axis >= len(indices) or indices[axis] is None]
+    return int(prod(torch.broadcast_shapes(*(index.shape for index in given)))) * prod(rest)
 
 
 class Call:
@@ -154,9 +170,8 @@ class Call:
         amount = _SCATTERS.get(self.name)
         if amount is None or not self._written():
             return None
-        target, given = self["self"], self[amount]
-        indices = [index.numel() for index in tensors_in(self.get("indices", ())) if index.dtype != torch.bool]
-        elements = given.numel() if amount != "values" or not indices else max(given.numel(), *indices)
+        target = self["self"]
+        elements = _indexed(target, self["indices"]) if amount == "values" else self[amount].numel()
         touched = min(elements * target.element_size(), touched_bytes(target))
         adds = bool(self.get("accumulate", False)) or self.name in ("scatter_add", "index_add", "scatter_reduce")
         return touched_bytes(target) - touched * adds, touched
@@ -172,12 +187,10 @@ class Call:
             if self._only_written(argument):
                 continue
             for tensor in tensors_in(value):
-                storage = storage_key(tensor)
-                place = (storage, tensor.storage_offset(), tensor.shape, tensor.stride())
-                key = place if storage else (id(tensor),)
-                if key in seen:
+                place = _place(tensor)
+                if place in seen:
                     continue
-                seen.add(key)
+                seen.add(place)
                 size = touched_bytes(tensor)
                 total += min(size, self._gathered_bytes(tensor)) if argument.name == gathered else size
         return total

@@ -87,10 +87,19 @@ def test_gathers_read_what_they_take_and_scatters_write_what_they_put():
     assert traffic(table.index_copy_, 0, ids, rows) == (24 + 48, 48)
     assert traffic(table.index_put_, (ids,), rows) == (24 + 48, 48)
     assert traffic(table.index_put_, (ids,), rows, accumulate=True) == (24 + 48 + 48, 48)
+    assert traffic(table.index_put_, (ids,), torch.ones(())) == (24 + 4, 48)
+    assert traffic(table.index_put_, (ids, ids), torch.ones(3)) == (24 + 12, 12)
     assert traffic(table.index_add_, 0, ids, rows) == (24 + 48 + 48, 48)
     assert traffic(table.index_copy, 0, ids, rows) == (16000 + 24 + 48, 16000)
     bag = count(F.embedding_bag, ids[None], table, mode="sum")[1].root.operators()
     assert bag["aten._embedding_bag_forward_only"].bytes_read == 24 + 8 + 48
+
+
+def test_sparse_gradients_are_their_values_and_indices():
+    gradient = torch.sparse_coo_tensor([[1, 5]], torch.ones(2, 4), (1000, 4), check_invariants=True)
+    assert touched_bytes(gradient) == 2 * 8 + 32
+    read, written = traffic(torch.zeros(1000, 4).add_, gradient)
+    assert (read, written) == (16000 + 48, 16000)
 
 
 def test_a_linear_layer_reads_input_weight_and_bias():
