@@ -128,6 +128,7 @@ def test_micro_batches_add_up():
     # Gradients are added to those of the micro-batches before.
     added = sum(p.numel() for p in Net().parameters())
     assert three.total("backward").flops == 3 * one.total("backward").flops + 2 * added
+    assert three.module("head").own["backward"]["aten.add_"].flops == 2 * 10
 
 
 def test_a_module_called_twice_counts_its_parameters_once():
