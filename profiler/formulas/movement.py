@@ -1,6 +1,7 @@
 """Operators that compute nothing: 0 FLOPs by statement, so that they are known rather than unknown.
 
-``FREE`` touch no element either: they allocate, or answer about sizes. The others move bytes (views do not: ``Call``).
+``FREE`` touch no element either: they allocate, answer about sizes, or are views made in place. The others move bytes
+(views do not: ``Call``).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ _FREE = """
     sym_stride sym_numel sym_storage_offset sym_is_contiguous is_same_size _has_same_storage_numel is_pinned
     _assert_async _assert_scalar _assert_tensor_metadata _functional_assert_async
     sym_constrain_range sym_constrain_range_for_size _cudnn_init_dropout_state _nested_tensor_size
+    as_strided squeeze unsqueeze t transpose detach swapaxes swapdims
     _use_cudnn_ctc_loss _version _cufft_get_plan_cache_size
 """
 

@@ -145,6 +145,7 @@ FUNCTIONS = {
     "indexing": lambda p: p[ids[0]] + p.gather(0, ids[:, :1]).sum() + p.index_select(0, ids[0]) + p[p > 0].sum(),
     "scattering": lambda p: torch.zeros_like(p).scatter_add(0, ids, p[:2, :3]).index_add(0, ids[0], p[:3]),
     "shapes": lambda p: torch.cat([p.roll(1), p.flip(0), p.tril().repeat(1, 1), torch.stack([p[0]])]).unfold(0, 2, 1),
+    "views in place": lambda p: (p * 1).as_strided_((8, 7), (1, 8)).t_().unsqueeze_(0).squeeze_(0),
     "rotary": lambda p: torch.cat([-p[:, 4:], p[:, :4]], -1) * p.cos() + p.sin(),
     "math": lambda p: (p.abs() + 1).pow(0.3).log().exp().rsqrt().clamp(0, 1) + p.erf() + p.atan2(p) + p.square().sqrt(),
     "where": lambda p: torch.where(p > 0, p, 0.5).masked_fill(p < -1, 0.0).lerp(p, 0.1) + p.addcmul(p, p, value=0.5),

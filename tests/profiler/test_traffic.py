@@ -53,6 +53,7 @@ CASES = {
     "an expanded operand": (lambda: f32[:1].expand(100, 4).sum(), 16, 4),
     "a strided operand": (lambda: f32[:, ::2].exp(), 24, 24),
     "views": (lambda: f32.t().reshape(4, 3)[1:].unsqueeze(0).expand(2, 3, 3).detach().unbind(), 0, 0),
+    "views in place": (lambda: torch.empty(3, 1, 4).squeeze_(1).t_().unsqueeze_(0).detach_(), 0, 0),
     "a copy of a view": (lambda: f32.t().contiguous(), 48, 48),
     "nothing to copy": (lambda: f32.contiguous().to(torch.float32), 0, 0),
     "product": (lambda: f32 @ f32.t(), 48 + 48, 36),
