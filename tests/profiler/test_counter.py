@@ -320,6 +320,13 @@ def test_activations_of_micro_batches_are_those_of_the_largest():
     assert counter.counts().root.total_activation_bytes == 5 * 2 * 4 + 2 * 4
 
 
+def test_without_gradients_activations_are_what_one_call_leaves():
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), torch.randn(3, 4)
+    with torch.no_grad(), Counter(model) as counter:
+        kept = [model(x) for _ in range(3)]
+    assert counter.counts().root.total_activation_bytes == kept[0].nbytes
+
+
 # ---- what is left behind ----
 
 
