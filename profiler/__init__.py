@@ -2,3 +2,21 @@
 
 Reads the costs that ``ops`` registers beside its kernels; knows nothing of ``engine``.
 """
+
+from ops.costs import Cost, register_cost
+from profiler.counter import Counter, count
+from profiler.counts import PHASES, Counts, ModuleCounts, Phase, Work
+from profiler.errors import ProfilerError
+
+__all__ = [
+    "PHASES",
+    "Cost",
+    "Counter",
+    "Counts",
+    "ModuleCounts",
+    "Phase",
+    "ProfilerError",
+    "Work",
+    "count",
+    "register_cost",
+]
