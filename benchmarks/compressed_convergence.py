@@ -13,9 +13,9 @@ batches, masks and dropout (by seed), weight decay 0.01, clipping to 1, warm-up 
 The variance stands behind --freeze of the steps, which should lie where the loss falls: on the plateau before, some
 weights have next to no gradient, and signs move all alike. Signs have a scale for each parameter (those of 1-bit LAMB,
 which brings momenta to one size, one for all); --one-scale shows why: a key's bias, whose gradient is nothing but
-rounding, then takes steps of its neighbours' size; --exact
-takes full means in their place, and shows what the freeze does by itself. 0/1 Adam has DeepSpeed's intervals for BERT, scaled to the length of
-the run. At every evaluation the weights of all ranks must be the same to the last bit, or the run ends.
+rounding, then takes steps of its neighbours' size. --exact takes full means in their place, and shows what the freeze
+does by itself. 0/1 Adam has DeepSpeed's intervals for BERT, scaled to the length of the run. At every evaluation the
+weights of all ranks must be the same to the last bit, or the run ends.
 
 One document of 50 is held out. Give each arm three --seed, and the baseline and its arm the same --lr: --plot takes the
 difference of their last losses, and the baseline's deviation between seeds. Larger batches: --batch and --steps.

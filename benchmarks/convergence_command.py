@@ -67,7 +67,9 @@ def shape_of(chosen: argparse.Namespace, vocabulary: int) -> Shape:
 def prepare(chosen: argparse.Namespace) -> None:
     """``--prepare``."""
     if chosen.data is None or chosen.vocab is None:
-        raise SlipstreamError("--prepare needs --vocab, BERT's vocab.txt or a number of words, and --data, the file to write")
+        raise SlipstreamError(
+            "--prepare needs --vocab, BERT's vocab.txt or a number of words, and --data, the file to write"
+        )
     report.check_writable(chosen.data, "--data")
     counts = convergence_data.prepare(chosen.prepare, chosen.vocab, chosen.data)
     print(f"{chosen.data}: " + ", ".join(f"{value} {name}" for name, value in counts.items()))

@@ -76,7 +76,9 @@ def variant(run: Mapping[str, Any]) -> list[str]:
     """What a run (its fields) has otherwise than the benchmark's defaults, where its optimizer exchanges signs."""
     if isinstance(ARMS[run["arm"]].kind, str):
         return []
-    defaults = {field.name: field.default for field in fields(RanksRun) if field.name in ("freeze", "one_scale", "exact")}
+    defaults = {
+        field.name: field.default for field in fields(RanksRun) if field.name in ("freeze", "one_scale", "exact")
+    }
     return [f"{name} {run[name]}" for name, value in defaults.items() if run.get(name, value) != value]
 
 

@@ -106,8 +106,8 @@ def ensure_state(state: dict[str, Any], parameter: Tensor) -> None:
 def follow(master: Tensor, parameter: Tensor) -> None:
     """Makes ``master`` equal to ``parameter`` wherever the parameter is not ``master`` rounded: someone else wrote it.
 
-    Without this the next step would undo a loaded checkpoint, a clamp or a mask. The device decides; nothing waits. On a
-    CPU looking is cheaper than writing: almost always all of it is equal.
+    Without this the next step would undo a loaded checkpoint, a clamp or a mask. The device decides; nothing waits. On
+    a CPU looking is cheaper than writing: almost always all of it is equal.
     """
     if master.device.type == "cpu" and master.is_contiguous() and parameter.is_contiguous():
         parts = zip(master.view(-1).split(PIECE_ELEMENTS), parameter.view(-1).split(PIECE_ELEMENTS), strict=True)

@@ -288,6 +288,11 @@ class CompressedOptimizer(MeasuredOptimizer):
         pending = self.collective.compressed_mean(flat, self._errors_of(index, flat), parts)
         return Bucket(arithmetic, batch, flat, pending.wait)
 
+    def arrived_at_once(self, arithmetic: Arithmetic, batch: Batch) -> Bucket:
+        """A bucket as if zeros had come."""
+        flat = torch.zeros(sum(sizes_of(batch)), dtype=batch.exp_avgs[0].dtype, device=batch.device)
+        return Bucket(arithmetic, batch, flat, lambda: None)
+
     def forget_errors(self) -> None:
         """Compensation begins anew."""
         self._errors.clear()

@@ -23,8 +23,8 @@ class OneBitAdam(CompressedOptimizer):
     lr, betas, eps, weight_decay, bias_correction: as for torch's AdamW. DeepSpeed has no bias correction, whatever its
         parameter of that name says: False does the same.
     freeze_step: steps of the warm-up, or "auto": until the variance is stable. DeepSpeed's default.
-    compression: "always", or "auto": when the warm-up is over, a full mean of gradients and a compressed exchange are
-        timed, and where the latter is not faster the warm-up goes on for good.
+    compression: "always", or "auto": when the warm-up is over, a step by a full mean of gradients and one by a
+        compressed exchange are timed, and where the latter is not faster the warm-up goes on for good.
     max_grad_norm: the largest norm of all gradients, 0 for none.
     """
 

@@ -95,8 +95,11 @@ class OneBitLamb(CompressedOptimizer):
         arithmetic.add_scaled(batch, directions, ratios * -float(group["lr"]))
 
     def begin_compression(self) -> None:
+        """All parameters' states are prepared."""
+        self.prepare([state for state in self.state.values() if "exp_avg" in state and state["exp_avg"].numel()])
+
+    def prepare(self, states: Sequence[dict[str, Any]]) -> None:
         """Momenta's sizes, and where the fresh variance begins."""
-        states = [state for state in self.state.values() if "exp_avg" in state and state["exp_avg"].numel()]
         sizes = [local_part(state["exp_avg"]).square().mean().sqrt().double().cpu() for state in states]
         mean = torch.stack(sizes).mean() if sizes else torch.zeros(())
         for state, size in zip(states, sizes, strict=True):

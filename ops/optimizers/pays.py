@@ -1,11 +1,12 @@
-"""Whether an exchange of signs pays: both exchanges timed at the model's own sizes, and one verdict for all ranks."""
+"""Whether an exchange of signs pays: both exchanges timed at the model's own sizes, the arithmetic that goes with each
+on a sample of it, and one verdict for all ranks."""
 
 from __future__ import annotations
 
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,6 +23,8 @@ log = logging.getLogger("slipstream.optimizers")
 
 #: Timed rounds of each exchange, behind one to warm up. An odd number: the median is one of them.
 ROUNDS = 3
+#: Elements on which the arithmetic is timed: few enough to be copied beside a model, enough to keep a GPU busy.
+SAMPLE = 1 << 22
 
 #: ``"auto"``: only where it is measured to be faster than averaging gradients in full.
 Compression = Literal["always", "auto"]
@@ -29,7 +32,8 @@ Compression = Literal["always", "auto"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """Seconds of a full-precision mean of all gradients and of a compressed exchange, among ``size`` processes."""
+    """Seconds of a step among ``size`` processes: by a full-precision mean of all gradients, and by a compressed
+    exchange."""
 
     full: float
     compressed: float
@@ -45,8 +49,8 @@ class Verdict:
             return "one process has nothing to compress: the warm-up goes on"
         what = "signs are exchanged" if self.pays else "nothing is compressed, the warm-up goes on"
         return (
-            f"on {self.size} processes a full mean of the gradients takes {self.full:.3g} s, a compressed exchange "
-            f"{self.compressed:.3g} s: {what}"
+            f"on {self.size} processes a step by a full mean of the gradients takes {self.full:.3g} s, one by a "
+            f"compressed exchange {self.compressed:.3g} s: {what}"
         )
 
 
@@ -64,6 +68,21 @@ class MeasuredOptimizer(MomentOptimizer):
         super().check_options(options, where)
         if options["compression"] not in ("always", "auto"):
             raise self.error(f"compression{where} is {options['compression']!r}: use 'always' or 'auto'")
+
+    @abstractmethod
+    def warm_up(self, arithmetic: Arithmetic, batch: Batch, group: Mapping[str, Any]) -> None:
+        """A step on mean gradients."""
+
+    @abstractmethod
+    def arrived_at_once(self, arithmetic: Arithmetic, batch: Batch) -> Any:
+        """What :meth:`send` gives, as if zeros had come."""
+
+    @abstractmethod
+    def finish(self, bucket: Any, group: Mapping[str, Any]) -> None:
+        """A step along what has come."""
+
+    def prepare(self, states: Sequence[dict[str, Any]]) -> None:
+        """Adds to the states of parameters what steps by signs need beside moments."""
 
     @abstractmethod
     def send(self, arithmetic: Arithmetic, batch: Batch, flat: Tensor, index: int) -> Any:
@@ -92,10 +111,11 @@ class MeasuredOptimizer(MomentOptimizer):
 
 @torch.no_grad()
 def measure(optimizer: MeasuredOptimizer) -> Verdict:
-    """Times both exchanges of ``optimizer`` on its own collective. All ranks call it together, and get the same.
+    """Times both kinds of step of ``optimizer`` on its own collective. All ranks call it together, and get the same.
 
     Of what can be told by a step: its parameters that have a variance, as on each rank alike. Numbers and errors are
-    scratch, and let go of one exchange before the other's are made; no state changes.
+    scratch, and let go of one exchange before the other's are made; no state changes. On a fast network the arithmetic
+    decides, of which signs need more.
     """
     collective = optimizer.collective
     if collective.size == 1:
@@ -104,6 +124,10 @@ def measure(optimizer: MeasuredOptimizer) -> Verdict:
         device = optimizer.param_groups[0]["params"][0].device
         full = _seconds(collective, device, _full(optimizer, parameters))
         compressed = _seconds(collective, device, lambda: _compressed(optimizer))
+        if parameters:
+            with _sample(optimizer, parameters) as (share, warm_up, finish):
+                full += share * _seconds(collective, device, warm_up)
+                compressed += share * _seconds(collective, device, finish)
     return Verdict(full, compressed, collective.size)
 
 
@@ -114,7 +138,7 @@ def _full(optimizer: MeasuredOptimizer, parameters: list[Tensor]) -> Callable[[]
 
 
 def _compressed(optimizer: MeasuredOptimizer) -> None:
-    """What a step behind the warm-up sends, and the arithmetic on the way."""
+    """What a step behind the warm-up sends, and what is done to that on the way."""
     under_way: list[Any] = []
     for group in optimizer.param_groups:
         known = [parameter for parameter in group["params"] if _is_known(optimizer, parameter)]
@@ -123,8 +147,39 @@ def _compressed(optimizer: MeasuredOptimizer) -> None:
             under_way.append(optimizer.send(ARITHMETIC[False], batch, moments.lerp_(moments, 0.1), len(under_way)))
     for bucket in under_way:
         bucket.wait()
-        for _ in bucket.arrived():
-            pass
+
+
+@contextmanager
+def _sample(
+    optimizer: MeasuredOptimizer, parameters: Sequence[Tensor]
+) -> Iterator[tuple[float, Callable[[], object], Callable[[], object]]]:
+    """The arithmetic of both kinds of step on a copy of a part of the largest parameter; of how many such parts all
+    parameters are."""
+    known = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    largest = max(parameters, key=Tensor.numel)
+    group, copied = known[id(largest)], _part(largest)
+    copied.grad = torch.zeros_like(copied)
+    optimizer.state[copied] = {
+        name: _part(value) if value.shape == largest.shape else value.clone()
+        for name, value in optimizer.state[largest].items()
+    }
+    optimizer.prepare([optimizer.state[copied]])
+    try:
+        (batch,) = batches([copied], [optimizer.state[copied]])
+        arithmetic = ARITHMETIC[False]
+        share = sum(parameter.numel() for parameter in parameters) / copied.numel()
+        yield (
+            share,
+            lambda: optimizer.warm_up(arithmetic, batch, group),
+            lambda: optimizer.finish(optimizer.arrived_at_once(arithmetic, batch), group),
+        )
+    finally:
+        del optimizer.state[copied]
+
+
+def _part(tensor: Tensor) -> Tensor:
+    """A copy of the first elements, flat."""
+    return tensor.detach().reshape(-1)[:SAMPLE].clone()
 
 
 def _seconds(collective: GradientCollective, device: torch.device, exchange: Callable[[], object]) -> float:

@@ -37,8 +37,8 @@ class ZeroOneAdam(CompressedOptimizer):
     bias_correction: divides m by ``1 - beta1^t`` and v by ``1 - beta2^k`` behind its k-th update. False is what
         DeepSpeed does.
     compression: "always", or "auto": before the first exchange of signs (or at var_freeze_step, if that is earlier) a
-        full mean of gradients and a compressed exchange are timed, and where the latter is not faster all steps are
-        AdamW's: no signs, and no steps alone, though these would save messages.
+        step by a full mean of gradients and one by a compressed exchange are timed, and where the latter is not faster
+        all steps are AdamW's: no signs, and no steps alone, though these would save messages.
     var_freeze_step, var_update_scaler, local_step_scaler, local_step_clipper: DeepSpeed's names and defaults.
 
     Between two exchanges processes have weights of their own: call :meth:`meet` before saving or evaluating.

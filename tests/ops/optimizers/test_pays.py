@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ops.compression import Errors, GradientCollective, Pending, SingleProcess
 from ops.optimizers import OneBitAdam, OptimizerError, ZeroOneAdam
 from ops.optimizers.compressed import CompressedOptimizer
-from ops.optimizers.pays import Verdict
+from ops.optimizers.pays import MeasuredOptimizer, Verdict, measure
 from tests.ops.optimizers.test_compressed import KINDS, together
 
 #: Nothing that is exchanged beside gradients has as many elements.
@@ -117,11 +117,56 @@ def test_where_it_does_not_pay_the_warm_up_goes_on(
         if speed is SLOW:
             assert len(timed.given["compressed"]) == 4, "a round to warm up, three that count"
             assert len(timed.given["full"]) == 4 + 9
-    lines = [record.getMessage() for record in caplog.records if "a full mean" in record.getMessage()]
+    lines = [record.getMessage() for record in caplog.records if "by a full mean" in record.getMessage()]
     what = "signs are exchanged" if speed is FAST else "nothing is compressed, the warm-up goes on"
     seconds = [f"{each:.3g} s" for each in speed]
-    said = f"on 2 processes a full mean of the gradients takes {seconds[0]}, a compressed exchange {seconds[1]}: {what}"
+    said = (
+        f"on 2 processes a step by a full mean of the gradients takes {seconds[0]}, "
+        f"one by a compressed exchange {seconds[1]}: {what}"
+    )
     assert lines == [f"{type(found[0][2]).__name__}: {said}"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_arithmetic_counts(kind: str, clock: threading.local, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kind of step takes on a part of the largest parameter is counted for all elements; the copy leaves nothing
+    behind."""
+    monkeypatch.setattr("ops.optimizers.pays.SAMPLE", 10)
+    measuring = threading.local()
+
+    def slow(name: str, seconds: float) -> None:
+        plain = getattr(KINDS[kind], name)
+
+        def run(self: CompressedOptimizer, *arguments: Any) -> None:
+            if getattr(measuring, "on", False):
+                clock.now = getattr(clock, "now", 0.0) + seconds
+                batch = arguments[1] if name == "warm_up" else arguments[0].batch
+                assert [len(weight) for weight in batch.params] == [10]
+            plain(self, *arguments)
+
+        monkeypatch.setattr(KINDS[kind], name, run)
+
+    def watched(optimizer: MeasuredOptimizer) -> Verdict:
+        measuring.on = True
+        try:
+            return measure(optimizer)
+        finally:
+            measuring.on = False
+
+    slow("warm_up", 0.25)
+    slow("finish", 4.0)
+    monkeypatch.setattr("ops.optimizers.pays.measure", watched)
+    share = sum(torch.Size(shape).numel() for shape in SHAPES) / 10
+
+    def run(one: GradientCollective) -> tuple[Verdict | None, int]:
+        optimizer = begun(Timed(one, clock, *FAST), kind)
+        go_on(optimizer, 0, 4)
+        return optimizer.verdict, len(optimizer.state)
+
+    for verdict, states in together(2, run):
+        assert verdict == Verdict(10.0 + 0.25 * share, 1.0 + 4.0 * share, 2)
+        assert not verdict.pays
+        assert states == len(SHAPES)
 
 
 @pytest.mark.parametrize(
