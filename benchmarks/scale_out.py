@@ -2,6 +2,7 @@
 
     python -m benchmarks.scale_out --compute-ms 267 --elements 110e6 --gbps 10,100
     python -m benchmarks.scale_out --published
+    python -m benchmarks.scale_out --measured
 
 Every constant is an input, and the table says where each is from. --compute-ms: of a step on one GPU, all but the
 exchange, as benchmarks.train_step or layer_drop_cost measure it. --pass-gbs: of the passes that make and read signs, as
@@ -14,8 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from engine.bench.report import check_writable, write
@@ -65,6 +66,38 @@ SOURCES = {
 #: 40-gigabit Ethernet with 4.1 effective, 4 V100s a node, BERT-Large (arXiv 2102.02888, and its announcement).
 PUBLISHED = Constants(elements=340e6, compute_ms=0.0, node=4, gbps=4.1, pass_gbs=700.0, node_gbs=100.0)
 PUBLISHED_GPUS, PUBLISHED_STAGE, PUBLISHED_RUN = 256, 6.6, 3.3
+#: Ranks on a CPU, one a node, whose passes are part of their arithmetic.
+MEASURED = Constants(elements=108.9e6, node=1, hop_us=0.0, message_us=0.0, pass_gbs=1e9)
+#: Of the bytes on a wire, the share that is data: TCP's, in frames of 1,514 bytes.
+DATA_SHARE = 1448 / 1514
+
+
+@dataclass(frozen=True)
+class Series:
+    """Steps that ``benchmarks.slow_network`` measured (RESULTS, "Over a slow network" and "Where it does not pay"):
+    seconds by Gbit/s."""
+
+    machine: str
+    optimizer: str
+    ranks: int
+    signs: bool
+    seconds: Mapping[float, float]
+
+
+SERIES = (
+    Series("AMD", "LAMB", 2, False, {1: 4.10, 0.1: 21.7}),
+    Series("AMD", "LAMB", 4, False, {1: 8.95, 0.1: 31.2}),
+    Series("AMD", "1-bit LAMB", 2, True, {1: 2.62, 0.1: 3.89}),
+    Series("AMD", "1-bit LAMB", 4, True, {1: 5.33, 0.1: 6.22}),
+    Series("AMD", "1-bit Adam", 2, True, {1: 2.08, 0.1: 3.32}),
+    Series("Intel", "AdamW", 2, False, {10: 0.80, 1: 2.47, 0.1: 20.7}),
+    Series("Intel", "LAMB", 2, False, {10: 1.67, 1: 3.53, 0.1: 21.5}),
+    Series("Intel", "LAMB", 4, False, {10: 4.62, 1: 8.92}),
+    Series("Intel", "1-bit LAMB", 2, True, {10: 3.17, 1: 4.06, 0.1: 3.31}),
+    Series("Intel", "1-bit Adam", 4, True, {10: 6.82, 1: 6.76, 0.1: 7.04}),
+    Series("Intel", "0/1 Adam", 2, True, {10: 4.38, 1: 4.60, 0.1: 4.38}),
+    Series("Intel", "0/1 Adam", 4, True, {10: 8.00, 1: 9.20, 0.1: 8.63}),
+)
 
 
 @dataclass(frozen=True)
@@ -185,6 +218,27 @@ def published() -> str:
     )
 
 
+def measured() -> str:
+    """The model beside steps over a shaped network: of each series the fastest rate gives the arithmetic, the others
+    are foretold."""
+    rows = []
+    for series in SERIES:
+        fitted, *others = sorted(series.seconds, reverse=True)
+        arithmetic = 1e3 * series.seconds[fitted] - _exchange_ms(series, fitted)
+        for rate in others:
+            found, seconds = (arithmetic + _exchange_ms(series, rate)) / 1e3, series.seconds[rate]
+            named = [series.machine, series.optimizer, str(series.ranks), f"{fitted:g}", f"{rate:g}"]
+            rows.append([*named, f"{seconds:.3g}", f"{found:.3g}", f"{found / seconds - 1:+.0%}"])
+    headers = ["CPU", "optimizer", "ranks", "from", "at Gb/s", "measured s", "model s", "off"]
+    return table(headers, rows, texts=[0, 1])
+
+
+def _exchange_ms(series: Series, rate: float) -> float:
+    """Of a step of the series, at 10^9 bits a second."""
+    c = replace(MEASURED, compute_ms=0.0, gbps=rate * DATA_SHARE)
+    return signs_ms(c, series.ranks) if series.signs else ring_ms(c, series.ranks)
+
+
 def numbers(text: str) -> tuple[float, ...]:
     """Positive numbers, separated by commas."""
     try:
@@ -217,6 +271,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--published", action="store_true", help="the model beside published figures")
+    parser.add_argument("--measured", action="store_true", help="the model beside steps over a shaped network")
     parser.add_argument("--gpus", metavar="N,N", type=numbers, default=GPUS, help="(8 to 4096)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write constants and steps to this file")
     readers = {"warmup": number(0, 1), "node": number(1), "elements": number(1), "pass_gbs": number(1e-3)}
@@ -231,8 +286,8 @@ def main() -> int:
     """The command."""
     parser = _parser()
     chosen = parser.parse_args()
-    if chosen.published:
-        print(published())
+    if chosen.published or chosen.measured:
+        print(published() if chosen.published else measured())
         return 0
     if chosen.json is not None:
         check_writable(chosen.json, "--json")
