@@ -241,18 +241,23 @@ def source() -> str:
 
 def compile_kernel(defines: dict[str, str], shared: int) -> Any:
     """The kernel for these macros, on the current device; NVRTC's work is cached on disk by CuPy."""
-    import cupy
-
+    try:
+        import cupy
+    except (ImportError, RuntimeError, OSError) as error:
+        raise _does_not_compile(error) from error
     text = "".join(f"#define {name} {value}\n" for name, value in defines.items()) + source()
     try:
         module = cupy.RawModule(code=text, options=("--std=c++17",), enable_cooperative_groups=True)
         kernel = module.get_function("persistent_decode")
         kernel.max_dynamic_shared_size_bytes = shared
-    except (cupy.cuda.compiler.CompileException, cupy.cuda.driver.CUDADriverError, OSError) as error:
-        raise KernelError(
-            f'the persistent kernel does not compile here ({str(error)[:300]}): set "kernels" to "generic"'
-        ) from error
+    # The driver's errors are RuntimeErrors, and what CuPy raises where NVRTC is missing.
+    except (cupy.cuda.compiler.CompileException, RuntimeError, OSError) as error:
+        raise _does_not_compile(error) from error
     return kernel
+
+
+def _does_not_compile(error: Exception) -> KernelError:
+    return KernelError(f'the persistent kernel does not compile here ({str(error)[:300]}): set "kernels" to "generic"')
 
 
 class PersistentDecoder:

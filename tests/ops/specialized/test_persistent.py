@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,6 +18,23 @@ from tests.ops.specialized.nvrtc import compile_log
 
 GPU = torch.device("cuda")
 HALVES = (torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("missing", ["cupy", "nvrtc", "driver"])
+def test_a_broken_cupy_is_a_kernel_error(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot be imported, or finds no NVRTC or no driver, which it tells by RuntimeErrors."""
+    cupy: Any = ModuleType("cupy")
+    cupy.cuda = ModuleType("cupy.cuda")
+    cupy.cuda.compiler = ModuleType("cupy.cuda.compiler")
+    cupy.cuda.compiler.CompileException = type("CompileException", (Exception,), {})
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError(f"CuPy failed to load {missing}")
+
+    cupy.RawModule = refuse
+    monkeypatch.setitem(sys.modules, "cupy", None if missing == "cupy" else cupy)
+    with pytest.raises(KernelError, match=rf'does not compile here \(.*{missing}.*\): set "kernels" to "generic"'):
+        persistent.compile_kernel({}, 0)
 
 
 @pytest.mark.gpu
