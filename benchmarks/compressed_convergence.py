@@ -52,7 +52,7 @@ def share_or_auto(text: str) -> float | Literal["auto"]:
 
 def train(chosen: argparse.Namespace) -> None:
     """``--arm``."""
-    names = ("ranks", "norm", "freeze", "clip", "eps", "one_scale", "exact")
+    names = ("ranks", "norm", "freeze", "clip", "eps", "one_scale", "exact", "var_update_scaler")
     run_arm(chosen, partial(RanksRun, **{name: getattr(chosen, name) for name in names}), RanksTraining)
 
 
@@ -82,6 +82,13 @@ def _parser() -> argparse.ArgumentParser:
         help="for the signs of all parameters that are exchanged together, whatever the optimizer has",
     )
     ranks.add_argument("--exact", action="store_true", help="full means in place of signs: what the freeze alone does")
+    ranks.add_argument(
+        "--var-update-scaler",
+        metavar="N",
+        type=options.count,
+        default=16,
+        help="of 0/1 Adam: its variance moves at every step N times, at every second N times, and so on (16)",
+    )
     ranks.add_argument("--eps", type=float, default=1e-8, help="of the optimizers (1e-8)")
     add_sizes(parser, Shape(6, 512, 8, dropout=0.0))
     return parser

@@ -41,7 +41,8 @@ class RanksRun(Settings):
 
     freeze: share of the steps behind which the variance stands, or "auto". clip: the largest norm of the gradient, 0
     for none. eps: as the optimizers have it. one_scale: for the signs of all parameters that are exchanged together,
-    whatever the optimizer has.
+    whatever the optimizer has. exact: full means in place of signs, so that only what else the optimizer does otherwise
+    is left. var_update_scaler: 0/1 Adam's.
     """
 
     ranks: int = 4
@@ -51,6 +52,7 @@ class RanksRun(Settings):
     eps: float = 1e-8
     one_scale: bool = False
     exact: bool = False
+    var_update_scaler: int = 16
     shape: Shape = field(default_factory=lambda: Shape(6, 512, 8, dropout=0.0))
 
     def __post_init__(self) -> None:
@@ -76,9 +78,8 @@ def variant(run: Mapping[str, Any]) -> list[str]:
     """What a run (its fields) has otherwise than the benchmark's defaults, where its optimizer exchanges signs."""
     if isinstance(ARMS[run["arm"]].kind, str):
         return []
-    defaults = {
-        field.name: field.default for field in fields(RanksRun) if field.name in ("freeze", "one_scale", "exact")
-    }
+    names = ("freeze", "one_scale", "exact", "var_update_scaler")
+    defaults = {field.name: field.default for field in fields(RanksRun) if field.name in names}
     return [f"{name} {run[name]}" for name, value in defaults.items() if run.get(name, value) != value]
 
 
@@ -97,6 +98,7 @@ def zero_one(run: RanksRun) -> dict[str, Any]:
     local = max((run.steps - run.freeze_step) // most * most, most)
     return {
         "var_freeze_step": max(run.steps - local, 1),
+        "var_update_scaler": run.var_update_scaler,
         "local_step_scaler": max(round(LOCAL_SHARE * run.steps / most), 1) * most,
         "local_step_clipper": most,
         "bias_correction": True,

@@ -108,6 +108,22 @@ def test_bytes_are_those_of_the_formulas(arm: str, run: Callable[..., Any], corp
     assert found["sent"] == averaged * full + exchanges * signs + (facts if arm in COMPRESSED else 0)
 
 
+def test_full_means_in_place_of_signs(run: Callable[..., Any], corpus: Path) -> None:
+    """Of every step's gradients, then momenta."""
+    found = run("onebit_adam", "--freeze", "0.25", "--exact")["points"][-1]
+    full = 2 * (RANKS - 1) * 4 * sum(map(sum, buckets(corpus, "onebit_adam"))) // RANKS
+    assert found["sent_compressed"] == 0
+    assert found["sent"] == STEPS * (full + 2 * (RANKS - 1) * 32 // RANKS)
+
+
+def test_0_1_adam_s_interval_is_a_choice(run: Callable[..., Any], corpus: Path) -> None:
+    """Twice at every step, twice at every second, then at every fourth: 5 of the first 8 steps are full means."""
+    found = run("zero_one_adam", "--freeze", "0.25", "--var-update-scaler", "2")["points"][-1]
+    full = 2 * (RANKS - 1) * 4 * sum(map(sum, buckets(corpus, "zero_one_adam"))) // RANKS
+    facts = STEPS * 2 * (RANKS - 1) * 32 // RANKS
+    assert found["sent"] - found["sent_compressed"] == 5 * full + facts
+
+
 @pytest.mark.parametrize("arm", COMPRESSED)
 def test_all_is_alike_up_to_the_signs(arm: str, run: Callable[..., Any]) -> None:
     """Data, masks, dropout, clipping and rates: in the warm-up an arm is its baseline, but for rounding."""
