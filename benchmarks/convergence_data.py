@@ -64,7 +64,8 @@ def bert_tokenizer(words: Sequence[str]) -> Any:
 
 
 def learned_words(text: Path, count: int) -> list[str]:
-    """A WordPiece vocabulary of ``count`` words, lowercase, learned from ``text``."""
+    """A WordPiece vocabulary of ``count`` words, lowercase, learned from ``text``. Of words that would serve as well as
+    each other, tokenizers takes now one, now another: give all runs of a comparison one file."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     tokenizer: Any = Tokenizer(models.WordPiece(unk_token="[UNK]"))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,7 +15,8 @@ from torch.optim.optimizer import ParamsT
 
 from ops.compression import Errors, GradientCollective, SingleProcess, for_other_size
 from ops.compression.collective import all_finite
-from ops.optimizers.batch import BUCKET_ELEMENTS, Batch, Piece, compute_dtype, end_to_end, pieces
+from ops.optimizers.batch import BUCKET_ELEMENTS, Batch, compute_dtype, end_to_end, pieces
+from ops.optimizers.buckets import Bucket, sizes_of
 from ops.optimizers.moments import Arithmetic
 from ops.optimizers.pays import MeasuredOptimizer, Verdict
 
@@ -26,33 +27,6 @@ log = logging.getLogger("slipstream.optimizers")
 STABLE, LOOKS = 0.96, 10
 
 FreezeStep = int | Literal["auto"]
-
-
-@dataclass
-class Bucket:
-    """Parameters of a batch on their way: ``momentum`` is flat, of all of them end to end."""
-
-    arithmetic: Arithmetic
-    batch: Batch
-    momentum: Tensor
-    wait: Callable[[], object]
-
-    def arrived(self) -> Iterator[tuple[Piece, list[Tensor]]]:
-        """Piece by piece, with what has come of each parameter. It is zero where the variance is: there nothing ever
-        had a gradient, and signs would move it."""
-        for piece in pieces(self.batch):
-            flat, variance = self.momentum[piece.at], end_to_end(piece.batch.exp_avg_sqs)
-            # On a CPU looking is cheaper than writing: almost everything has had a gradient.
-            if flat.device.type != "cpu" or not variance.amin() > 0:
-                flat.mul_(variance > 0)
-            moments = piece.batch.exp_avgs
-            parts = flat.split(sizes_of(piece.batch))
-            yield piece, [part.view(moment.shape) for part, moment in zip(parts, moments, strict=True)]
-
-
-def sizes_of(batch: Batch) -> list[int]:
-    """Elements of its parameters."""
-    return [moment.numel() for moment in batch.exp_avgs]
 
 
 def _nothing_if_finite(grads: Sequence[Tensor]) -> Tensor:

@@ -11,7 +11,8 @@ from torch.optim.optimizer import ParamsT
 
 from ops.compression import GradientCollective
 from ops.optimizers.batch import Batch, local_part, pieces
-from ops.optimizers.compressed import Bucket, CompressedOptimizer, FreezeStep, sizes_of
+from ops.optimizers.buckets import Bucket, sizes_of
+from ops.optimizers.compressed import CompressedOptimizer, FreezeStep
 from ops.optimizers.moments import Arithmetic
 from ops.optimizers.pays import Compression
 from ops.optimizers.trust_ratio import trust_ratios

@@ -11,7 +11,8 @@ from torch.optim.optimizer import ParamsT
 
 from ops.compression import GradientCollective
 from ops.optimizers.batch import BUCKET_ELEMENTS, Batch, flattened, pieces
-from ops.optimizers.compressed import Bucket, CompressedOptimizer
+from ops.optimizers.buckets import Bucket
+from ops.optimizers.compressed import CompressedOptimizer
 from ops.optimizers.moments import Arithmetic
 from ops.optimizers.pays import Compression
 

