@@ -78,9 +78,7 @@ def _products(side: int, dtype: str, device: torch.device) -> list[Callable[[], 
     a = torch.randn(side, side, device=device).to(DTYPES[dtype])
     if dtype == "fp8":
         one = torch.ones((), device=device)
-        return [
-            lambda: torch._scaled_mm(a, a.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True),
-        ]
+        return [lambda: torch._scaled_mm(a, a.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)]
     return [lambda: a @ a, lambda: F.linear(a, a)]  # CPUs differ widely here
 
 
