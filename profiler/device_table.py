@@ -27,7 +27,7 @@ class Published:
 H100 = "NVIDIA H100 Tensor Core GPU datasheet (2024; PCIe: 2022); clocks: H100 Tensor Core GPU Architecture white paper"
 H200 = "NVIDIA H200 Tensor Core GPU datasheet (2024); clocks of the H100 of the same form"
 GH200 = "NVIDIA GH200 Grace Hopper Superchip datasheet (2024); clocks of the H100 SXM"
-B200 = "NVIDIA HGX B200 and DGX B200 datasheets (2025), an eighth of the eight GPUs"
+B200 = "NVIDIA Blackwell datasheet (2025), HGX B200, per GPU; TF32: an eighth of the eight GPUs"
 A100 = "NVIDIA A100 Tensor Core GPU datasheet (2021)"
 A30 = "NVIDIA A30 Tensor Core GPU datasheet (2021)"
 A10 = "NVIDIA A10 Tensor Core GPU datasheet (2021)"
@@ -66,7 +66,7 @@ _RTX_6000_ADA = _peaks(fp32=91.1, tf32=182.1, bf16=364.2, fp16=364.2, int8=728.5
 #: Without the "NVIDIA " or "Tesla " that drivers of some years put before it. Parts of a GPU (MIG) have names of their
 #: own and are not here.
 PUBLISHED: dict[str, Published] = {
-    "B200": Published(_BLACKWELL, 8000, 1965, 1855, B200),
+    "B200": Published(_BLACKWELL, 7700, 1965, 1855, B200),
     "GH200 480GB": Published(_HOPPER_SXM, 4000, 1980, 1830, GH200),
     "GH200 144G HBM3e": Published(_HOPPER_SXM, 4900, 1980, 1830, GH200),
     "H200": Published(_HOPPER_SXM, 4800, 1980, 1830, H200),

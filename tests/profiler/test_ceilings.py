@@ -31,7 +31,7 @@ HOPPER = {"fp32": 256, "tf32": 2048, "bf16": 4096, "fp16": 4096, "int8": 8192, "
 BLACKWELL = {"fp32": 256, "tf32": 4096, "bf16": 8192, "fp16": 8192, "int8": 16384, "fp8": 16384}
 #: Multiprocessors; units of each; the memory's bus in bits and its rate in Gbit/s a pin.
 CHIPS = {
-    "B200": (148, BLACKWELL, 8192, 8.0),
+    "B200": (148, BLACKWELL, 8192, 7.5),
     "GH200 480GB": (132, HOPPER, 6144, 5.2),
     "GH200 144G HBM3e": (132, HOPPER, 6144, 6.4),
     "H200": (132, HOPPER, 6144, 6.25),
