@@ -8,10 +8,10 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import engine
+from ops.machine import cpu_model
 
 GIB = 2**30
 WIDTH = 80
@@ -125,21 +125,12 @@ def cpu() -> dict[str, Any]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     page = os.sysconf("SC_PAGE_SIZE")
     return {
-        "model": _cpu_model(),
+        "model": cpu_model(),
         "cores": os.cpu_count(),
         "usable": usable,
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * page,
         "free_bytes": os.sysconf("SC_AVPHYS_PAGES") * page,
     }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 def _torch() -> dict[str, Any]:

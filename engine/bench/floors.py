@@ -8,28 +8,16 @@ attention. The two rates are measured on the device itself.
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 from engine.bench.job import Case
-from engine.bench.timing import seconds
 from ops.spec import ModelSpec
+from profiler import rates as measured
 
 #: Embedding tables are looked up, not read through.
 TABLES = ("embed.token.weight", "embed.position.weight", "embed.token_type.weight")
-#: What is read to measure bandwidth: well beyond any cache, and at most this share of the free memory.
-READ_BYTES = {"cuda": 4 << 30, "cpu": 1 << 30}
-READ_SHARE = 0.25
-#: Side of the square matrices whose product is timed.
-MATRIX = {"cuda": 8192, "cpu": 1024}
-REPEATS = 10
-#: Repeating ends sooner once it has taken so long: some precisions crawl on a CPU.
-SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -92,27 +80,5 @@ def _contexts(first: int, last: int, window: int | None) -> int:
 
 def rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """Measured: the fastest of several reads of a large tensor, and of several large matrix products."""
-    size = min(READ_BYTES[device.type], int(_free(device) * READ_SHARE)) // 4
-    data = torch.ones(size, dtype=torch.int32, device=device)
-    reading = _fastest(partial(torch.max, data), device)
-    del data
-    side = MATRIX[device.type]
-    a = torch.randn(side, side, device=device, dtype=dtype)
-    product = min(_fastest(lambda: a @ a, device), _fastest(lambda: F.linear(a, a), device))  # CPUs differ widely here
-    return Rates(size * 4 / reading, 2 * side**3 / product)
-
-
-def _fastest(run: Callable[[], object], device: torch.device) -> float:
-    best, left = seconds(run, device), SECONDS
-    for _ in range(REPEATS):
-        taken = seconds(run, device)
-        best, left = min(best, taken), left - taken
-        if left <= 0:
-            break
-    return best
-
-
-def _free(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    name = next(name for name, known in measured.DTYPES.items() if known == dtype)
+    return Rates(measured.read_rate(device), measured.product_rate(device, name))
