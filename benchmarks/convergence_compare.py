@@ -164,7 +164,7 @@ def summary(directory: Path) -> str:
             "what a rank sends in the run; a step, and its update with the exchange",
             cost_table(own),
         ]
-    letters = "f, o, e, v: --freeze, --one-scale, --exact, --var-update-scaler, where they are not the defaults"
+    letters = "f, o, e, v: --freeze, --one-scale, --exact, --var-update-scaler,\nwhere they are not the defaults"
     return "\n\n".join(part for part in [*parts, *unfinished(groups), letters, _devices(groups)] if part)
 
 
