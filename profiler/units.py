@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 _LARGE = ("", "K", "M", "G", "T", "P", "E")
-_SMALL = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
+_SMALL = ((1.0, ""), (1e-3, "m"), (1e-6, "u"), (1e-9, "n"))
 
 #: Stands where there is no number.
 NOTHING = "-"
@@ -27,19 +27,30 @@ def quantity(number: float | None, unit: str = "") -> str:
 
 def seconds(number: float | None) -> str:
     """``1.23 ms``, in s, ms, us or ns. ``-`` for None."""
+    return _small(number, "s")
+
+
+def joules(number: float | None) -> str:
+    """``1.23 mJ``, in J, mJ, uJ or nJ, and larger ones as ``quantity`` has them. ``-`` for None."""
+    return quantity(number, "J") if number is not None and number >= 1 else _small(number, "J")
+
+
+def _small(number: float | None, unit: str) -> str:
     if number is None:
         return NOTHING
     if number == 0:
         return "0"
-    scale, unit = next((one for one in _SMALL if abs(number) >= 0.9995 * one[0]), _SMALL[-1])
-    return f"{_digits(number / scale)} {unit}"
+    scale, prefix = next((one for one in _SMALL if abs(number) >= 0.9995 * one[0]), _SMALL[-1])
+    return f"{_digits(number / scale)} {prefix}{unit}"
 
 
 def percentage(share: float | None) -> str:
-    """``31%``, ``2.4%``: a tenth below ten. ``-`` for None."""
+    """``31%``, ``2.4%``, ``<0.1%``: a tenth below ten. ``-`` for None."""
     if share is None or not math.isfinite(share):
         return NOTHING
     percent = 100 * share
+    if 0 < percent < 0.05:
+        return "<0.1%"
     return f"{percent:.0f}%" if abs(percent) >= 9.95 or percent == 0 else f"{percent:.1f}%"
 
 
