@@ -14,6 +14,10 @@ Clock = Literal["device", "host"]
 EventKind = Literal["module", "operator", "kernel", "copy", "communication"]
 
 
+BETWEEN_OPERATORS = "between operators"
+"""On the host's clock, the name under which a module spends what it spends in no operator: Python, autograd."""
+
+
 @dataclass(frozen=True, slots=True)
 class Spent:
     """Time of calls; they add up."""
