@@ -27,7 +27,12 @@ _TORCH_OPTIMIZER, _EVALUATE = "Optimizer.step#", "autograd::engine::evaluate_fun
 _NCCL = ("ncclDevKernel", "ncclKernel")
 _COLLECTIVES = ("c10d", "_c10d_functional")
 
+#: How far ahead a rehearsal is searched for a kernel before it counts as a stranger.
+_AHEAD = 16
+
 Spending = dict[str, dict[Phase, dict[str, Spent]]]
+Placed = tuple[str, str, Phase]
+"""Of a kernel: its name, its module and phase."""
 
 
 @dataclass(slots=True)
@@ -39,6 +44,9 @@ class Measured:
     modules: Spending = field(default_factory=dict)
     communication: dict[str, Spent] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
+    #: The GPU's kernels and copies in their order, and how many of them the rehearsal, if there was one, did not have.
+    placed: list[Placed] = field(default_factory=list)
+    strangers: int = 0
 
 
 @dataclass(slots=True)
@@ -72,7 +80,13 @@ class _Made:
         return self._modules[position - 1] if position else ""
 
 
-def attribute(records: Sequence[Record], names: Sequence[str], clock: Clock, events: bool = False) -> Measured:
+def attribute(
+    records: Sequence[Record],
+    names: Sequence[str],
+    clock: Clock,
+    events: bool = False,
+    rehearsed: Sequence[Placed] = (),
+) -> Measured:
     """Whose the time of one step is.
 
     Args:
@@ -80,6 +94,7 @@ def attribute(records: Sequence[Record], names: Sequence[str], clock: Clock, eve
         names: of modules, by the number in the name of their ranges.
         clock: "device" adds up kernels and copies, "host" the thread that the step ran in.
         events: whether to list them for a timeline, too.
+        rehearsed: where the same kernels belonged in an earlier step, whose word goes before that of their launches.
     """
     step = next(record for record in records if record.name == STEP)
     inside = [record for record in records if step.start <= record.start and record.end <= step.end]
@@ -91,10 +106,29 @@ def attribute(records: Sequence[Record], names: Sequence[str], clock: Clock, eve
             walk.launch(record)
     walk.finish()
     if clock == "device":
-        walk.device([record for record in inside if record.kind in ("kernel", "copy")])
+        walk.device([record for record in inside if record.kind in ("kernel", "copy")], rehearsed)
     walk.found.seconds = (step.end - step.start) / 1e9
     walk.found.events.sort(key=lambda event: (event.start, -event.seconds))
     return walk.found
+
+
+class _Follow:
+    """Finds kernels in the rehearsal, in order; some that are only here, or only there, do not lead it astray."""
+
+    def __init__(self, rehearsed: Sequence[Placed]) -> None:
+        self._rehearsed = rehearsed
+        self._next = 0
+        self.strangers = 0
+
+    def find(self, name: str) -> tuple[str, Phase] | None:
+        """Where that kernel, the next of the step, belongs."""
+        ahead = self._rehearsed[self._next : self._next + _AHEAD]
+        for position, (known, module, phase) in enumerate(ahead):
+            if known == name:
+                self._next += position + 1
+                return module, phase
+        self.strangers += bool(self._rehearsed)
+        return None
 
 
 class _Walk:
@@ -183,13 +217,14 @@ class _Walk:
 
     # ---- the device ----
 
-    def device(self, records: Sequence[Record]) -> None:
+    def device(self, records: Sequence[Record], rehearsed: Sequence[Placed]) -> None:
         """Kernels and copies, by begin."""
-        busy, reached = 0, self._step.start
+        busy, reached, follow = 0, self._step.start, _Follow(rehearsed)
         for record in records:
             start, end = max(record.start, reached), max(record.end, reached)
             busy, reached = busy + end - start, end
-            module, phase = self._launched(record)
+            module, phase = follow.find(record.name) or self._launched(record)
+            self.found.placed.append((record.name, module, phase))
             spent = Spent((record.end - record.start) / 1e9, 1)
             communicates = record.name.startswith(_NCCL)
             if communicates:
@@ -200,6 +235,7 @@ class _Walk:
             if self._events:
                 kind: EventKind = "communication" if communicates else "copy" if record.kind == "copy" else "kernel"
                 self._event(record, kind, f"stream {record.row}", record.name, module, phase)
+        self.found.strangers = follow.strangers
         self.found.idle = (self._step.end - self._step.start - busy) / 1e9
 
     def _launched(self, record: Record) -> tuple[str, Phase]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType, _profiler_enabled
 from torch.autograd.profiler import profile
 
 from profiler.errors import ProfilerError
@@ -63,13 +63,12 @@ def recording(device: torch.device) -> Iterator[list[Record]]:
     Raises (on entering):
         ProfilerError: torch's profiler is running already: there is one in a process.
     """
-    if torch.autograd._profiler_enabled():
+    if _profiler_enabled():
         raise ProfilerError("torch's profiler is running: leave it before something is timed")
     records: list[Record] = []
-    with _quiet():
-        # Shapes, stacks and memory stay off: each costs more than all the rest.
-        with profile(use_kineto=True, use_device=device.type if device.type == "cuda" else None) as found:
-            yield records
+    # Shapes, stacks and memory stay off: each costs more than all the rest.
+    with _quiet(), profile(use_kineto=True, use_device="cuda" if device.type == "cuda" else None) as found:
+        yield records
     assert found.kineto_results is not None
     raw = found.kineto_results.events()
     records += sorted((record for event in raw if (record := _record(event, device))), key=_order)

@@ -1,33 +1,28 @@
 """Timing one step at a time: ``Timer`` around steps of any code, ``timed`` for a function. docs/profiler.md says how.
 
-torch's profiler records; while a step is timed there are two hooks on modules, which go with it. Between the steps, and
-in those that are not timed, there is nothing.
+torch's profiler records, and while a step is timed there are two hooks on modules (``ranges.py``), which go with it.
+Between the steps, and in those that are not timed, there is nothing.
 """
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch._C._profiler import _RecordFunctionFast
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from ops.costs import CostFunction, listening
-from ops.errors import KernelError
-from profiler.attribution import FUNCTION, MODULE, OPTIMIZER, STEP, Measured, attribute
+from profiler.attribution import OPTIMIZER, STEP, Measured, Placed, attribute
 from profiler.errors import ProfilerError
-from profiler.module_tree import ModuleTree, Place
+from profiler.ranges import Ranges
 from profiler.recording import recording
-from profiler.times import Timing
+from profiler.times import Clock, Timing
 
-#: torch says that a compiled module runs global hooks once more, which is what is wanted here.
-_WARNING = r"Using `torch\.compile\(module\)` when there are global hooks"
+_LOG = logging.getLogger("slipstream.profiler.timer")
 
 
 class Timer:
@@ -48,15 +43,27 @@ class Timer:
         self, model: nn.Module | None = None, device: torch.device | str | None = None, events: bool = False
     ) -> None:
         self._device = _device_of(model, device)
+        self._clock: Clock = "device" if self._device.type == "cuda" else "host"
         self._events = events
-        self._tree = ModuleTree()
-        if model is not None:
-            self._tree.add(model, prefixed=False)
-        #: Numbers of places in the names of ranges.
-        self._numbers: dict[Place, int] = {}
-        self._ranges: list[_RecordFunctionFast] = []
+        self._ranges = Ranges(model)
+        self._rehearsed: tuple[Placed, ...] | None = None
         self._steps: list[Measured] = []
         self._plain: list[float] = []
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Time a step that is not kept. torch's profiler sets itself up, which takes seconds on a GPU; and if what runs
+        is slipstream's runtime on a GPU, it runs launch by launch, from which later steps know the parts of a model
+        that its CUDA graphs do not tell: the same kernels come in the same order.
+
+        Raises (on entering):
+            ProfilerError: as ``step``.
+        """
+        measured: list[Measured] = []
+        with self._measuring(measured, regions=True):
+            yield
+        if self._clock == "device" and self._ranges.heard:
+            self._rehearsed = tuple(measured[0].placed)
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -65,27 +72,14 @@ class Timer:
         Raises (on entering):
             ProfilerError: a counter or torch's profiler is running, or another step is being timed.
         """
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(listening(self._heard))
-            except KernelError as error:
-                raise ProfilerError(str(error)) from None
-            stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", _WARNING)
-            records = stack.enter_context(recording(self._device))
-            stack.callback(self._leave, depth=0)
-            for handle in (
-                register_module_forward_pre_hook(self._module_enters),
-                register_module_forward_hook(self._module_leaves, always_call=True),
-            ):
-                stack.callback(handle.remove)
-            self._wait()
-            with _RecordFunctionFast(STEP):
-                yield
-                self._wait()
-        names = [place.name for place in self._numbers]
-        clock = "device" if self._device.type == "cuda" else "host"
-        self._steps.append(attribute(records, names, clock, self._events))
+        with self._measuring(self._steps, regions=self._rehearsed is None):
+            yield
+        if self._steps[-1].strangers:
+            _LOG.warning(
+                "%d of %d kernels of a step were not in its rehearsal: they count where they were launched",
+                self._steps[-1].strangers,
+                len(self._steps[-1].placed),
+            )
 
     @contextmanager
     def plain(self) -> Iterator[None]:
@@ -116,7 +110,7 @@ class Timer:
             raise ProfilerError("no step has been timed: run one in `with timer.step():`")
         middle = sorted(self._steps, key=lambda step: step.seconds)[(len(self._steps) - 1) // 2]
         return Timing(
-            clock="device" if self._device.type == "cuda" else "host",
+            clock=self._clock,
             modules=middle.modules,
             communication=middle.communication,
             step_seconds=middle.seconds,
@@ -127,50 +121,18 @@ class Timer:
             events=tuple(middle.events),
         )
 
+    @contextmanager
+    def _measuring(self, found: list[Measured], regions: bool) -> Iterator[None]:
+        with recording(self._device) as records, self._ranges.opened(regions):
+            self._wait()
+            with _RecordFunctionFast(STEP):
+                yield
+                self._wait()
+        found.append(attribute(records, self._ranges.names, self._clock, self._events, self._rehearsed or ()))
+
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-
-    # ---- what the hooks call ----
-
-    def _module_enters(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():  # what is compiled shall not have the hooks in it
-            return
-        depth = self._tree.depth
-        self._tree.enter(module)
-        if self._tree.depth == depth:  # what ``torch.compile`` put around a module, which may not be entered itself
-            self._tree.enter(module._orig_mod)  # type: ignore[arg-type]
-        place = self._tree.current
-        number = self._numbers.setdefault(place, len(self._numbers))
-        opened = _RecordFunctionFast(f"{MODULE}{number}")
-        opened.__enter__()
-        self._ranges.append(opened)
-
-    def _module_leaves(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        depth = self._tree.depth
-        self._tree.leave(module)
-        if self._tree.depth == depth and hasattr(module, "_orig_mod"):
-            self._tree.leave(module._orig_mod)  # type: ignore[arg-type]
-        self._leave(self._tree.depth)
-
-    def _leave(self, depth: int) -> None:
-        """End the ranges of modules that were left, also by an exception that passed their hooks by."""
-        while len(self._ranges) > depth:
-            self._ranges.pop().__exit__(None, None, None)
-
-    def _heard(
-        self,
-        name: str,
-        cost: CostFunction,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """A function that is ``priced`` is one operator here too."""
-        with _RecordFunctionFast(f"{FUNCTION}{name}"):
-            return function(*args, **kwargs)
 
 
 def timed(
@@ -188,7 +150,7 @@ def timed(
         step: forward, or forward, backward and optimizer, of any number of micro-batches. What it changes (weights,
             gradients, random numbers) it changes each time: ``warm_up + 1 + 2 * repeats`` times in all.
         model, device, events: as for ``Timer``.
-        warm_up: plain steps that come first; one timed step, which is not kept either, follows.
+        warm_up: plain steps that come first; a rehearsal, which is not kept either, follows.
         repeats: timed steps, and plain ones.
 
     Raises:
@@ -196,11 +158,11 @@ def timed(
     """
     if repeats < 1:
         raise ProfilerError(f"repeats is {repeats}: at least one step must be timed")
+    timer = Timer(model, device, events)
     for _ in range(warm_up):
         step()
-    with Timer(model, device).step():  # the profiler sets itself up once
+    with timer.rehearsal():
         step()
-    timer = Timer(model, device, events)
     for _ in range(repeats):
         with timer.plain():
             step()
@@ -211,11 +173,9 @@ def timed(
 
 def _device_of(model: nn.Module | None, device: torch.device | str | None) -> torch.device:
     if device is None:
-        parameter = next(model.parameters(), None) if model is not None else None
-        device = "cpu" if parameter is None else parameter.device
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    if device.type not in ("cpu", "cuda"):
-        raise ProfilerError(f"{device}: steps are timed on cpu and cuda devices")
-    return device
+        parameter = None if model is None else next(model.parameters(), None)
+        device = torch.device("cpu") if parameter is None else parameter.device
+    found = torch.device(device)
+    if found.type not in ("cpu", "cuda"):
+        raise ProfilerError(f"{found}: steps are timed on cpu and cuda devices")
+    return torch.empty(0, device=found).device  # with its index
