@@ -1,0 +1,171 @@
+"""The page's figures, made with plotly: roofline, flame graph, tree map of memory.
+
+What depends on the phase and on what the reader chooses (values, colours) the page's script fills in from the rows.
+Colours are custom properties of the page's style sheet, ``var(--ink)``: the script puts in what they stand for, so that
+figures follow the reader's light or dark scheme.
+"""
+
+from __future__ import annotations
+
+import html
+import importlib.util
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from profiler.ceilings import Ceilings, intensity
+from profiler.errors import ProfilerError
+from profiler.page.rows import CELLS
+from profiler.units import quantity
+
+Row = dict[str, Any]
+
+#: By verdict: its name in the legend, its colour.
+VERDICTS = {
+    "memory": ("bound by memory", "var(--memory)"),
+    "compute": ("bound by compute", "var(--compute)"),
+    "latency": ("by neither: latency", "var(--neither)"),
+}
+#: What lies further left is shown at the edge: such a module hardly computes.
+LEAST_INTENSITY = 1e-2
+#: Labels of ceilings nearer to each other than this factor go side by side, so much of the plot's width apart.
+CROWDED, LANE = 1.8, 0.2
+
+
+def check_installed() -> None:
+    """Raises ProfilerError where what draws and fills the page is missing, with what to install."""
+    missing = [name for name in ("plotly", "jinja2") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ProfilerError(f"the HTML page needs {' and '.join(missing)}: pip install 'slipstream-runtime[report]'")
+
+
+def library() -> str:
+    """plotly.js, whole, as the Python package carries it (4.8 MB): no smaller part has both kinds of tree."""
+    from plotly.offline import get_plotlyjs
+
+    return str(get_plotlyjs())
+
+
+def roofline(limits: Ceilings, precision: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """Operations a second over operations a byte, both logarithmic: lines of the ceilings, and for each verdict a
+    trace of dots, which the script fills."""
+    (left, right), (bottom, top) = _window(limits, precision, rows)
+    figure = _figure(margin={"l": 62, "r": 14, "t": 36, "b": 50})
+    _ceilings(figure, limits, precision, left, right)
+    ridge, slope = limits.ridge(precision), math.sqrt(left * min(limits.ridge(precision), right))
+    figure.add_scatter(
+        **{"x": [ridge, ridge], "y": [bottom, limits.peak(precision)], "mode": "lines", "hoverinfo": "skip"},
+        **{"showlegend": False, "line": {"color": "var(--neither)", "width": 1, "dash": "dot"}},
+    )
+    _label(figure, ridge, bottom, f" ridge: {quantity(ridge)} operations a byte", "left", "var(--muted)")
+    _label(figure, slope, slope * limits.bandwidth, f"memory: {quantity(limits.bandwidth, 'B/s')} ", "right", "var(--ink)")
+    for verdict, (legend, color) in VERDICTS.items():
+        marker = {"color": color, "opacity": 0.8, "line": {"width": 1, "color": "var(--surface)"}}
+        figure.add_scatter(
+            **{"x": [None], "y": [None], "mode": "markers", "name": legend, "meta": verdict, "marker": marker},
+            hovertemplate="%{customdata}<extra></extra>",
+        )
+    axis = {"type": "log", "gridcolor": "var(--grid)", "zeroline": False, "dtick": 1}
+    across, up = [math.log10(left), math.log10(right)], [math.log10(bottom), math.log10(top)]
+    figure.update_xaxes(**axis, title="operations a byte", range=across, exponentformat="none")
+    figure.update_yaxes(**axis, title="operations a second", range=up, exponentformat="SI")
+    legend = {"orientation": "h", "x": 0, "y": 1.0, "xanchor": "left", "yanchor": "bottom", "itemsizing": "constant"}
+    figure.update_layout(legend=legend)
+    return _plain(figure)
+
+
+def flame(rows: Sequence[Row]) -> dict[str, Any]:
+    """An icicle of all rows, in their order; the script gives widths, colours and what is shown on hovering."""
+    figure = _figure(margin={"l": 0, "r": 0, "t": 0, "b": 0})
+    figure.add_icicle(**_tree(rows), sort=False, tiling={"orientation": "v", "pad": 1}, pathbar={"thickness": 24})
+    return _plain(figure)
+
+
+def memory(rows: Sequence[Row]) -> dict[str, Any]:
+    """A tree map of all rows, filled in the same way."""
+    figure = _figure(margin={"l": 0, "r": 0, "t": 0, "b": 0})
+    marker = {"pad": {"t": 22, "l": 3, "r": 3, "b": 3}, "cornerradius": 3}
+    figure.add_treemap(**_tree(rows), tiling={"pad": 2}, pathbar={"thickness": 24}, marker=marker)
+    return _plain(figure)
+
+
+def _ceilings(figure: Any, limits: Ceilings, precision: str, left: float, right: float) -> None:
+    """A line for each peak; precisions with the same peak share one."""
+    names: dict[float, list[str]] = {}
+    for name, peak in sorted(limits.flops.items(), key=lambda item: item[1]):
+        names.setdefault(peak, []).append(name)
+    below, lane = 0.0, 0
+    for peak, named in names.items():
+        ours = precision in named
+        color, width, dash = ("var(--ink)", 2, "solid") if ours else ("var(--neither)", 1, "dot")
+        ridge = min(max(peak / limits.bandwidth, left), right)
+        # All share the slope, as far as the highest of them goes.
+        across = [left, ridge, right]
+        figure.add_scatter(
+            **{"x": across, "y": [min(peak, x * limits.bandwidth) for x in across], "mode": "lines"},
+            **{"hoverinfo": "skip", "showlegend": False, "line": {"color": color, "width": width, "dash": dash}},
+        )
+        lane = lane + 1 if below and peak / below < CROWDED else 0
+        below = peak
+        at = right / (right / left) ** (LANE * lane)
+        text = f"{', '.join(named)}: {quantity(peak, 'FLOP/s')}"
+        _label(figure, at, min(peak, at * limits.bandwidth), text, "right", "var(--ink)" if ours else "var(--muted)")
+
+
+def _window(
+    limits: Ceilings, precision: str, rows: Sequence[Row]
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Least and most operations a byte, and operations a second, so that every dot of every phase has its place."""
+    seconds, executed, moved, limit = (CELLS.index(name) for name in ("seconds", "executed", "bytes", "limit"))
+    across, up = [limits.ridge(precision)], [limits.peak(precision)]
+    for row in rows:
+        for cell in row["own"].values():
+            taken = cell[seconds] or cell[limit]
+            if cell[executed] and cell[moved] and taken:
+                across.append(max(LEAST_INTENSITY, intensity(cell[executed], cell[moved])))
+                up.append(cell[executed] / taken)
+    left, right = min(0.3, *across) / 2, max(across) * 6
+    highest = max(min(peak, right * limits.bandwidth) for peak in limits.flops.values())
+    # A handful of almost idle modules must not squeeze the rest.
+    bottom = max(min(up), limits.peak(precision) / 1e7)
+    return (left, right), (min(bottom, left * limits.bandwidth) / 2, max(highest, *up) * 3)
+
+
+def _tree(rows: Sequence[Row]) -> dict[str, Any]:
+    return {
+        "ids": [str(index) for index in range(len(rows))],
+        "parents": ["" if row["parent"] < 0 else str(row["parent"]) for row in rows],
+        "labels": [html.escape(row["label"], quote=False) for row in rows],
+        "values": [0] * len(rows),
+        # A parent is as large as its own and all below it: with "total" a rounding error in a sum would empty the plot.
+        "branchvalues": "remainder",
+        "textinfo": "label",
+        "hovertemplate": "%{customdata}<extra></extra>",
+    }
+
+
+def _label(figure: Any, x: float, y: float, text: str, side: str, color: str) -> None:
+    figure.add_annotation(
+        **{"x": math.log10(x), "y": math.log10(y), "text": text, "xanchor": side, "yanchor": "bottom"},
+        **{"showarrow": False, "font": {"size": 12, "color": color}},
+    )
+
+
+def _figure(**layout: Any) -> Any:
+    import plotly.graph_objects as go
+
+    clear = "rgba(0,0,0,0)"
+    hover = {"bgcolor": "var(--surface)", "bordercolor": "var(--line)", "font": {"color": "var(--ink)", "size": 13}}
+    return go.Figure(
+        layout={
+            **{"template": "none", "paper_bgcolor": clear, "plot_bgcolor": clear, "autosize": True},
+            **{"font": {"color": "var(--muted)", "size": 13}, "hoverlabel": {**hover, "align": "left"}},
+            **layout,
+        }
+    )
+
+
+def _plain(figure: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(figure.to_json())
+    return found
