@@ -46,6 +46,7 @@ function duration(seconds) {
 function percent(share) {
   if (share === null || share === undefined || !Number.isFinite(share)) return null;
   const value = 100 * share;
+  if (value > 0 && value < 0.05) return ["<0.1", "%"];
   return [value >= 9.95 || value === 0 ? value.toFixed(0) : value.toFixed(1), "%"];
 }
 

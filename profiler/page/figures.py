@@ -31,6 +31,13 @@ VERDICTS = {
 LEAST_INTENSITY = 1e-2
 #: Labels of ceilings nearer to each other than this factor go side by side, so much of the plot's width apart.
 CROWDED, LANE = 1.8, 0.2
+#: Names of labels: of the ceilings that count here, and of the others, which a narrow screen has no room for.
+OURS, OTHER = "ours", "other"
+_INK = {OURS: "var(--ink)", OTHER: "var(--muted)"}
+#: Height of the bar that leads back out of a module, in pixels.
+PATH = 24
+#: Labels of one size; those that do not fit are left out rather than made too small to read.
+_TEXT = {"minsize": 11, "mode": "hide"}
 
 
 def check_installed() -> None:
@@ -53,23 +60,25 @@ def roofline(limits: Ceilings, precision: str, rows: Sequence[Row]) -> dict[str,
     (left, right), (bottom, top) = _window(limits, precision, rows)
     figure = _figure(margin={"l": 62, "r": 14, "t": 36, "b": 50})
     _ceilings(figure, limits, precision, left, right)
-    ridge, slope = limits.ridge(precision), math.sqrt(left * min(limits.ridge(precision), right))
+    ridge, slope = limits.ridge(precision), left * (limits.ridge(precision) / left) ** 0.75
     figure.add_scatter(
         **{"x": [ridge, ridge], "y": [bottom, limits.peak(precision)], "mode": "lines", "hoverinfo": "skip"},
         **{"showlegend": False, "line": {"color": "var(--neither)", "width": 1, "dash": "dot"}},
     )
-    _label(figure, ridge, bottom, f" ridge: {quantity(ridge)} operations a byte", "left", "var(--muted)")
-    _label(figure, slope, slope * limits.bandwidth, f"memory: {quantity(limits.bandwidth, 'B/s')} ", "right", "var(--ink)")
+    _label(figure, ridge, bottom, f" ridge: {quantity(ridge)}", ("left", "bottom"), OURS)
+    memory_rate = f"memory: {quantity(limits.bandwidth, 'B/s')}  "
+    _label(figure, slope, slope * limits.bandwidth, memory_rate, ("right", "bottom"), OURS)
     for verdict, (legend, color) in VERDICTS.items():
         marker = {"color": color, "opacity": 0.8, "line": {"width": 1, "color": "var(--surface)"}}
         figure.add_scatter(
             **{"x": [None], "y": [None], "mode": "markers", "name": legend, "meta": verdict, "marker": marker},
             hovertemplate="%{customdata}<extra></extra>",
         )
+    title = lambda text: {"text": text, "font": {"size": 13}, "standoff": 8}  # noqa: E731
     axis = {"type": "log", "gridcolor": "var(--grid)", "zeroline": False, "dtick": 1}
     across, up = [math.log10(left), math.log10(right)], [math.log10(bottom), math.log10(top)]
-    figure.update_xaxes(**axis, title="operations a byte", range=across, exponentformat="none")
-    figure.update_yaxes(**axis, title="operations a second", range=up, exponentformat="SI")
+    figure.update_xaxes(**axis, title=title("operations a byte"), range=across, exponentformat="none")
+    figure.update_yaxes(**axis, title=title("operations a second"), range=up, exponentformat="SI extended")
     legend = {"orientation": "h", "x": 0, "y": 1.0, "xanchor": "left", "yanchor": "bottom", "itemsizing": "constant"}
     figure.update_layout(legend=legend)
     return _plain(figure)
@@ -77,16 +86,17 @@ def roofline(limits: Ceilings, precision: str, rows: Sequence[Row]) -> dict[str,
 
 def flame(rows: Sequence[Row]) -> dict[str, Any]:
     """An icicle of all rows, in their order; the script gives widths, colours and what is shown on hovering."""
-    figure = _figure(margin={"l": 0, "r": 0, "t": 0, "b": 0})
-    figure.add_icicle(**_tree(rows), sort=False, tiling={"orientation": "v", "pad": 1}, pathbar={"thickness": 24})
+    figure = _figure(margin={"l": 0, "r": 0, "t": 0, "b": 0}, uniformtext=_TEXT)
+    tiling = {"orientation": "v", "pad": 1}
+    figure.add_icicle(**_tree(rows), sort=False, textposition="middle left", tiling=tiling, leaf={"opacity": 1}, pathbar={"thickness": PATH})
     return _plain(figure)
 
 
 def memory(rows: Sequence[Row]) -> dict[str, Any]:
     """A tree map of all rows, filled in the same way."""
-    figure = _figure(margin={"l": 0, "r": 0, "t": 0, "b": 0})
+    figure = _figure(margin={"l": 0, "r": 0, "t": 0, "b": 0}, uniformtext=_TEXT)
     marker = {"pad": {"t": 22, "l": 3, "r": 3, "b": 3}, "cornerradius": 3}
-    figure.add_treemap(**_tree(rows), tiling={"pad": 2}, pathbar={"thickness": 24}, marker=marker)
+    figure.add_treemap(**_tree(rows), tiling={"pad": 2}, pathbar={"thickness": PATH}, marker=marker)
     return _plain(figure)
 
 
@@ -95,22 +105,24 @@ def _ceilings(figure: Any, limits: Ceilings, precision: str, left: float, right:
     names: dict[float, list[str]] = {}
     for name, peak in sorted(limits.flops.items(), key=lambda item: item[1]):
         names.setdefault(peak, []).append(name)
-    below, lane = 0.0, 0
-    for peak, named in names.items():
-        ours = precision in named
-        color, width, dash = ("var(--ink)", 2, "solid") if ours else ("var(--neither)", 1, "dot")
-        ridge = min(max(peak / limits.bandwidth, left), right)
-        # All share the slope, as far as the highest of them goes.
-        across = [left, ridge, right]
+    ours, below, lane = limits.peak(precision), 0.0, 0
+    # The line that counts comes last, over the others.
+    for peak in sorted(names, key=lambda peak: peak == ours):
+        color, width, dash = ("var(--ink)", 2, "solid") if peak == ours else ("var(--neither)", 1, "dot")
+        start = max(left, left if peak == ours else min(peak, ours) / limits.bandwidth)
+        ridge = min(max(peak / limits.bandwidth, start), right)
+        across = [start, ridge, right]
         figure.add_scatter(
             **{"x": across, "y": [min(peak, x * limits.bandwidth) for x in across], "mode": "lines"},
             **{"hoverinfo": "skip", "showlegend": False, "line": {"color": color, "width": width, "dash": dash}},
         )
+    for peak, named in names.items():
         lane = lane + 1 if below and peak / below < CROWDED else 0
         below = peak
         at = right / (right / left) ** (LANE * lane)
+        anchor = ("right", "top" if peak < ours else "bottom")
         text = f"{', '.join(named)}: {quantity(peak, 'FLOP/s')}"
-        _label(figure, at, min(peak, at * limits.bandwidth), text, "right", "var(--ink)" if ours else "var(--muted)")
+        _label(figure, at, min(peak, at * limits.bandwidth), text, anchor, OURS if peak == ours else OTHER)
 
 
 def _window(
@@ -145,10 +157,10 @@ def _tree(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _label(figure: Any, x: float, y: float, text: str, side: str, color: str) -> None:
+def _label(figure: Any, x: float, y: float, text: str, anchor: tuple[str, str], whose: str) -> None:
     figure.add_annotation(
-        **{"x": math.log10(x), "y": math.log10(y), "text": text, "xanchor": side, "yanchor": "bottom"},
-        **{"showarrow": False, "font": {"size": 12, "color": color}},
+        **{"x": math.log10(x), "y": math.log10(y), "text": text, "xanchor": anchor[0], "yanchor": anchor[1]},
+        **{"name": whose, "showarrow": False, "font": {"size": 12, "color": _INK[whose]}},
     )
 
 
@@ -160,6 +172,7 @@ def _figure(**layout: Any) -> Any:
     return go.Figure(
         layout={
             **{"template": "none", "paper_bgcolor": clear, "plot_bgcolor": clear, "autosize": True},
+            **{"modebar": {"bgcolor": clear, "color": "var(--neither)", "activecolor": "var(--ink)"}},
             **{"font": {"color": "var(--muted)", "size": 13}, "hoverlabel": {**hover, "align": "left"}},
             **layout,
         }

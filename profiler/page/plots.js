@@ -2,7 +2,10 @@
 /* Fills the figures that Python made: values, colours, what is said on hovering. Drawn anew when the phase changes, the
    reader chooses, or the colour scheme turns. */
 
-const CONFIG = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+/* The buttons are listed: by default plotly has one that sends the figure to its makers. */
+const CONFIG = { responsive: true, displaylogo: false, modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] };
+const PLAIN = { ...CONFIG, displayModeBar: false };
+const TINTS = 6;
 const BUCKETS = [[0.1, "under 10%"], [0.3, "10 to 30%"], [0.6, "30 to 60%"], [Infinity, "over 60% of the roofline"]];
 const flameBy = data.timed ? "time" : "flops";
 const chosen = { flame: flameBy, memory: data.modules[0].activations ? "activations" : "parameterBytes" };
@@ -20,9 +23,9 @@ function painted(figure) {
   return { data: paint(figure.data), layout: paint(layout) };
 }
 
-function draw(id, figure) {
+function draw(id, figure, config) {
   const { data: traces, layout } = painted(figure);
-  return Plotly.react(id, traces, layout, CONFIG);
+  return Plotly.react(id, traces, layout, config);
 }
 
 const whole = () => cell(data.modules[0], "total");
@@ -40,6 +43,15 @@ function hover(row, c, extra) {
 
 /* ---- roofline ---- */
 
+/* On a narrow screen the ceilings of other precisions go without labels, and dots are smaller. */
+const narrow = matchMedia("(max-width: 640px)");
+
+function fitted(layout) {
+  if (!narrow.matches) return layout;
+  const annotations = layout.annotations.filter((label) => label.name !== "other");
+  return { ...layout, annotations, margin: { ...layout.margin, l: 44 }, yaxis: { ...layout.yaxis, title: { text: "" } } };
+}
+
 function drawRoofline() {
   const figure = data.figures.roofline;
   if (!figure) return;
@@ -53,7 +65,7 @@ function drawRoofline() {
     const dot = dots[c[BOUND]] ||= { x: [], y: [], size: [], text: [] };
     dot.x.push(Math.max(0.01, intensity(c)));
     dot.y.push(c[EXECUTED] / time);
-    dot.size.push(6 + 46 * Math.sqrt(time / taken));
+    dot.size.push(6 + (narrow.matches ? 22 : 46) * Math.sqrt(time / taken));
     dot.text.push(hover(row, c, [`${intensity(c).toPrecision(3)} operations a byte`]));
   });
   const traces = figure.data.map((trace) => {
@@ -62,7 +74,7 @@ function drawRoofline() {
     const marker = { ...trace.marker, size: dot.size };
     return { ...trace, x: dot.x, y: dot.y, customdata: dot.text, marker, visible: dots[trace.meta] ? true : "legendonly", showlegend: Boolean(dots[trace.meta]) };
   });
-  draw("plot-roofline", { data: traces, layout: figure.layout });
+  draw("plot-roofline", { data: traces, layout: fitted(figure.layout) }, CONFIG);
   const part = said(percent(missingTime / taken));
   byId("left-out").textContent = missing
     ? `Not shown: ${missing} ${missing === 1 ? "module that moves" : "modules that move"} data and ${missing === 1 ? "computes" : "compute"} nothing, ${part} of the time.`
@@ -79,6 +91,7 @@ const WIDTHS = {
 
 const depths = [];
 data.modules.forEach((row, index) => { depths[index] = row.parent < 0 ? 0 : depths[row.parent] + 1; });
+const tint = (depth) => `tint-${Math.round((depth / Math.max(1, LEVELS - 1)) * (TINTS - 1))}`;
 const LEVELS = 1 + Math.max(...depths);
 
 function bucket(c) {
@@ -90,16 +103,16 @@ function drawFlame() {
   const judged = data.timed && data.judged;
   const values = data.modules.map(WIDTHS[chosen.flame]);
   const totals = data.modules.map((row) => cell(row, "total"));
-  const key = judged ? totals.map((c) => `share-${bucket(c)}`) : depths.map((depth) => `tint-${depth % 4}`);
+  const key = judged ? totals.map((c) => `share-${bucket(c)}`) : depths.map((depth) => tint(depth));
   const trace = {
     ...data.figures.flame.data[0],
     values,
     customdata: data.modules.map((row, index) => hover(row, totals[index])),
     marker: { colors: key.map((name) => `var(--${name})`), line: { width: 0 } },
-    textfont: { size: 13, color: key.map((name) => (judged ? `var(--on-${name})` : "var(--ink)")) },
+    textfont: { size: 13, color: "var(--ink)" },
   };
-  byId("plot-flame").style.height = `${24 + Math.min(560, Math.max(150, LEVELS * 46))}px`;
-  draw("plot-flame", { data: [trace], layout: data.figures.flame.layout });
+  byId("plot-flame").style.height = `${24 + Math.min(560, Math.max(150, LEVELS * 32))}px`;
+  draw("plot-flame", { data: [trace], layout: data.figures.flame.layout }, PLAIN);
   if (!judged) return;
   const entries = BUCKETS.map(([, label], index) => {
     const swatch = element("i");
@@ -127,11 +140,11 @@ function drawMemory() {
       customdata: data.modules.map((row) => `<b>${escaped(row.name)}</b> ${escaped(row.kind)}<br>${said(quantity(row[name], "B"))}, ${said(percent(row[name] / all))}`),
       text: data.modules.map((row) => said(quantity(row[name], "B"))),
       textinfo: "label+text",
-      marker: { ...trace.marker, colors: depths.map((depth) => `var(--tint-${depth % 4})`), line: { width: 0 } },
+      marker: { ...trace.marker, colors: depths.map((depth) => `var(--${tint(depth)})`), line: { width: 1, color: "var(--surface)" } },
       textfont: { size: 13, color: "var(--ink)" },
     }],
     layout: data.figures.memory.layout,
-  });
+  }, PLAIN);
 }
 
 function drawAll() { drawRoofline(); drawFlame(); drawMemory(); }
@@ -141,4 +154,5 @@ choice("flame-by", widths, chosen.flame, (key) => { chosen.flame = key; drawFlam
 choice("memory-by", [["activations", "Activations"], ["parameterBytes", "Parameters"]].filter(([key]) => data.modules[0][key]), chosen.memory, (key) => { chosen.memory = key; drawMemory(); });
 listeners.push(() => { drawRoofline(); drawFlame(); });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+narrow.addEventListener("change", drawAll);
 drawAll();

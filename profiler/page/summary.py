@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +11,14 @@ from typing import Any
 from profiler.advice import HotSpot, hot_spots, remarks
 from profiler.ceilings import BANDWIDTH, Source
 from profiler.judge import Judged
-from profiler.units import percentage, quantity, seconds
+from profiler.units import percentage, quantity
+from profiler.units import seconds as ascii_seconds
+
+#: Cards in a row, at most.
+WIDEST = 6
+_JOULES = ((1.0, "J"), (1e-3, "mJ"), (1e-6, "µJ"))
+#: Two numbers nearer to each other than this part need not both be shown.
+ALIKE = 0.005
 
 _MODES = {"training": "training step", "inference": "inference", "call": "one call"}
 _PHASES = {"forward": "forward", "recompute": "recompute", "backward": "backward", "step": "optimizer step"}
@@ -40,10 +49,13 @@ class Part:
 def text(judged: Judged) -> dict[str, Any]:
     """What the template is given."""
     report = judged.report
+    cards = list(_cards(judged))
     return {
         "title": report.name,
         "facts": list(_facts(judged)),
-        "cards": list(_cards(judged)),
+        "cards": cards,
+        # Rows of the same length, as nearly as it goes.
+        "columns": math.ceil(len(cards) / math.ceil(len(cards) / WIDEST)),
         "parts": list(_parts(judged)),
         "advice": [_advice(spot) for spot in hot_spots(judged)],
         "remarks": [_sentence(remark.text) for remark in remarks(judged)],
@@ -77,15 +89,15 @@ def _cards(judged: Judged) -> Iterator[Card]:
     yield from _speed(judged)
     if report.energy is not None:
         each = [
-            f"{quantity(joules, 'J')} a {what}"
+            f"{_energy(joules)} a {what}"
             for what, joules in (("sample", judged.joules_per_sample), ("token", judged.joules_per_token))
             if joules is not None
         ]
-        watts = [] if judged.watts is None else [f"{quantity(judged.watts, 'W')} on average"]
-        yield Card("Energy a step", *_split(quantity(report.energy.joules, "J")), ", ".join(each + watts))
+        watts = [] if judged.watts is None else [f"{judged.watts:,.0f} W on average"]
+        yield Card("Energy a step", *_split(_energy(report.energy.joules)), ", ".join(each + watts))
     forward = report.counts.total("forward").flops
     note = f"{percentage(forward / total.flops)} of it forward" if total.flops and forward != total.flops else ""
-    if total.executed_flops != total.flops:
+    if abs(total.executed_flops - total.flops) > ALIKE * total.flops:
         executed = f"{quantity(total.executed_flops)} executed"
         note = f"{note}, {executed}" if note else executed
     yield Card("Operations a step", *_split(quantity(total.flops, "FLOP")), note)
@@ -114,7 +126,7 @@ def _speed(judged: Judged) -> Iterator[Card]:
         peak = quantity(report.limits.peak(report.workload.precision) if report.limits else None, "FLOP/s")
         yield Card("Model FLOPs utilization", *_percent(judged.mfu), hardware or f"of {peak}")
     if judged.efficiency is not None:
-        yield Card("Of the roofline", *_percent(judged.efficiency), "what speed the limits allow is reached")
+        yield Card("Of the roofline", *_percent(judged.efficiency), "of the speed that the limits allow")
 
 
 def _parts(judged: Judged) -> Iterator[Part]:
@@ -130,12 +142,12 @@ def _parts(judged: Judged) -> Iterator[Part]:
 
 
 def _advice(spot: HotSpot) -> dict[str, str]:
-    alike = f" ({len(spot.modules)} alike)" if len(spot.modules) > 1 else ""
+    judgement, alike = spot.judgement, f"{len(spot.modules)} alike" if len(spot.modules) > 1 else ""
+    taken = f"{seconds(judgement.seconds)} at {percentage(judgement.efficiency)} of the roofline"
     return {
         "name": spot.name,
-        "kind": f"{spot.kind}{alike}",
-        "lost": seconds(spot.judgement.lost),
-        "facts": spot.evidence,
+        "lost": seconds(judgement.lost),
+        "facts": " · ".join(filter(None, (spot.kind, alike, taken))),
         "text": " ".join(_sentence(advice.text) for advice in spot.advice),
     }
 
@@ -173,6 +185,17 @@ def _notes(judged: Judged) -> Iterator[str]:
     yield f"{cost} and {seconds(report.timing_seconds)} to time." if timing else f"{cost}."
 
 
+def seconds(number: float | None) -> str:
+    """As everywhere, with the sign that a terminal may lack."""
+    return ascii_seconds(number).replace("us", "µs")
+
+
+def _energy(joules: float) -> str:
+    """``4.21 mJ``: a token takes little."""
+    scale, unit = next(((scale, unit) for scale, unit in _JOULES if joules >= scale), _JOULES[-1])
+    return quantity(joules / scale, unit)
+
+
 def _split(written: str) -> tuple[str, str]:
     number, _, unit = written.partition(" ")
     return number, unit
@@ -187,4 +210,5 @@ def _many(number: int, what: str) -> str:
 
 
 def _sentence(said: str) -> str:
+    said = re.sub(r"(?<=\d )us\b", "µs", said)
     return said[:1].upper() + said[1:] + ("" if said.endswith(".") else ".") if said else ""

@@ -6,6 +6,7 @@ const LIMIT_ROWS = 300;
 /* A column: heading, the value to sort by, the value as [number, unit], and what else belongs in the cell. */
 const number = (label, value, format, more = {}) => ({ label, value, format, ...more });
 const timeShare = (seconds) => (seconds === null || !whole()[SECONDS] ? null : seconds / whole()[SECONDS]);
+const counted = (value) => (value === null ? null : [value.toLocaleString("en"), ""]);
 const some = (value) => value || null;
 
 function meter(share) {
@@ -21,6 +22,10 @@ function verdict(c) {
   return bound ? [element("span", { className: `bound-${bound}` }, element("span", { className: "dot" }), VERDICTS[bound])] : ["–"];
 }
 
+/* Executed operations have a column where they differ by more than biases do. */
+const wholeWork = data.modules[0].total.all;
+const executes = Math.abs(wholeWork[EXECUTED] - wholeWork[FLOPS]) > 0.005 * wholeWork[FLOPS];
+
 function moduleColumns() {
   const of = (whose, pick) => (row) => pick(cell(row, whose));
   const share = (row) => timeShare(cell(row, "total")[SECONDS]);
@@ -30,20 +35,18 @@ function moduleColumns() {
       number("Share", share, percent, { after: (row) => meter(share(row)) }),
       number("Own time", of("own", (c) => some(c[SECONDS])), duration),
     ] : []),
+    ...(data.judged && data.timed ? [number("Of roofline", of("total", efficiency), percent)] : []),
+    ...(data.judged ? [number("Bound by", of("total", (c) => c[BOUND]), null, { nodes: (row) => verdict(cell(row, "total")), text: true })] : []),
     number("Operations", of("total", (c) => some(c[FLOPS])), (v) => quantity(v, "FLOP")),
-    number("Executed", of("total", (c) => some(c[EXECUTED])), (v) => quantity(v, "FLOP")),
+    ...(executes ? [number("Executed", of("total", (c) => some(c[EXECUTED])), (v) => quantity(v, "FLOP"))] : []),
     ...(data.timed ? [number("Speed", of("total", rate), (v) => quantity(v, "FLOP/s"))] : []),
     number("Traffic", of("total", (c) => some(c[BYTES])), (v) => quantity(v, "B")),
     number("Ops a byte", of("total", intensity), (v) => quantity(v)),
-    ...(data.judged ? [
-      number("Bound by", of("total", (c) => c[BOUND]), null, { nodes: (row) => verdict(cell(row, "total")), text: true }),
-      number("Least time", of("total", (c) => some(c[LIMIT])), duration),
-    ] : []),
-    ...(data.judged && data.timed ? [number("Of roofline", of("total", efficiency), percent)] : []),
+    ...(data.judged ? [number("Least time", of("total", (c) => some(c[LIMIT])), duration)] : []),
     number("Parameters", (row) => some(row.parameters), (v) => quantity(v)),
     number("Activations", (row) => some(row.activations), (v) => quantity(v, "B")),
-    number("Calls", (row) => some(row.calls), (v) => quantity(v)),
-  ].filter((column) => column.label !== "Executed" || data.modules.some((row) => row.total.all && row.total.all[FLOPS] !== row.total.all[EXECUTED]));
+    number("Calls", (row) => some(row.calls), counted),
+  ];
 }
 
 function compare(a, b) {
@@ -101,22 +104,29 @@ class Table {
     });
     const entries = this.view(this, this.filter.value.trim().toLowerCase());
     const shown = this.all ? entries : entries.slice(0, LIMIT_ROWS);
-    this.body.replaceChildren(...shown.map((entry) => this.line(entry)));
+    this.write(shown);
     if (!entries.length) this.body.append(element("tr", {}, element("td", { className: "empty", colSpan: this.headings.length, textContent: "Nothing here." })));
     this.more.hidden = shown.length === entries.length;
     this.more.textContent = `Show all ${entries.length.toLocaleString("en")} rows`;
     byId(`${this.name}-count`).textContent = this.all || shown.length === entries.length ? `${entries.length.toLocaleString("en")} rows` : `${LIMIT_ROWS} of ${entries.length.toLocaleString("en")} rows`;
   }
 
-  line({ row, first }) {
-    const head = element("th", { scope: "row", title: row.name }, ...first);
-    const cells = this.columns.map((column) => {
-      if (column.nodes) return element("td", { className: "text" }, ...column.nodes(row));
-      const parts = column.format(column.value(row));
-      const content = parts ? [parts[0], element("span", { className: "unit-s", textContent: parts[1] })] : ["–", element("span", { className: "unit-s" })];
-      return element("td", {}, ...content, ...(column.after ? [column.after(row)] : []));
+  /* Units of a column are as wide as its longest, so that numbers stand below each other. */
+  write(entries) {
+    const columns = this.columns.map((column) => {
+      if (column.nodes) return entries.map(({ row }) => element("td", { className: "text" }, ...column.nodes(row)));
+      const parts = entries.map(({ row }) => column.format(column.value(row)) || ["–", ""]);
+      const width = `${0.76 * Math.max(0, ...parts.map(([, unit]) => unit.length))}em`;
+      return entries.map(({ row }, index) => {
+        const unit = element("span", { className: "unit-s", textContent: parts[index][1] });
+        unit.style.minWidth = width;
+        return element("td", {}, parts[index][0], unit, ...(column.after ? [column.after(row)] : []));
+      });
     });
-    return element("tr", {}, head, ...cells);
+    this.body.replaceChildren(...entries.map(({ row, first }, index) => {
+      const head = element("th", { scope: "row", title: row.name }, ...first);
+      return element("tr", {}, head, ...columns.map((cells) => cells[index]));
+    }));
   }
 }
 
@@ -153,7 +163,7 @@ function treeModules(table) {
     const unfolded = open.has(row.index);
     let fold = element("span", { className: "leaf" });
     if (below[row.index].length) {
-      fold = element("button", { type: "button", className: "fold", ariaLabel: `Fold ${row.name}` });
+      fold = element("button", { type: "button", className: "fold", ariaLabel: row.name });
       fold.setAttribute("aria-expanded", String(unfolded));
       fold.addEventListener("click", () => {
         if (!open.delete(row.index)) open.add(row.index);
@@ -161,8 +171,8 @@ function treeModules(table) {
         table.body.querySelectorAll("tr")[entries.findIndex((entry) => entry.row === row)]?.querySelector(".fold").focus();
       });
     }
-    const indent = element("span");
-    indent.style.paddingLeft = `${depth * 16}px`;
+    const indent = element("span", { className: "indent" });
+    indent.style.setProperty("--depth", depth);
     entries.push({ row, first: [indent, fold, row.label, ...kindOf(row)] });
     if (unfolded) sorted(below[row.index], table.columns, table.order).forEach((child) => visit(child, depth + 1));
   };
@@ -173,7 +183,7 @@ function treeModules(table) {
 const inPhase = (entries) => entries.filter(({ row }) => row.index === 0 || row.total[state.phase]);
 const moduleView = (table, wanted) => inPhase(looks.view === "flat" || wanted ? flatModules(table, wanted) : treeModules(table));
 
-unfold(40);
+unfold(80);
 const moduleTable = new Table("module", "Module", moduleColumns(), moduleView);
 choice("module-view", [["tree", "Tree"], ["flat", "List"]], "tree", (key) => { looks.view = key; moduleTable.show(); });
 const folds = [["fold", "Fold"], ["unfold", "Unfold all"]].map(([key, label]) => {
@@ -200,15 +210,15 @@ const timeColumns = [number("Time", at(0), duration), number("Share", partOf, pe
 const operatorsTimed = data.operators.some((row) => row.cells.all && row.cells.all[0] !== null);
 const operatorTable = new Table("operator", "Operator", [
   ...(operatorsTimed ? timeColumns : []),
-  number("Calls", at(1), (v) => quantity(v)),
+  number("Calls", at(1), counted),
   number("Operations", (row) => some(at(2)(row)), (v) => quantity(v, "FLOP")),
-  number("Executed", (row) => some(at(3)(row)), (v) => quantity(v, "FLOP")),
+  ...(executes ? [number("Executed", (row) => some(at(3)(row)), (v) => quantity(v, "FLOP"))] : []),
   number("MACs", (row) => some(at(4)(row)), (v) => quantity(v)),
   number("Traffic", (row) => some(at(5)(row)), (v) => quantity(v, "B")),
 ], plainView(data.operators));
 operatorTable.sortBy(operatorsTimed ? 0 : 1);
 
 if (data.kernels.length) {
-  const kernelTable = new Table("kernel", "Kernel", [...timeColumns, number("Launches", at(1), (v) => quantity(v))], plainView(data.kernels));
+  const kernelTable = new Table("kernel", "Kernel", [...timeColumns, number("Launches", at(1), counted)], plainView(data.kernels));
   kernelTable.sortBy(0);
 }
