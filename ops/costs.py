@@ -1,17 +1,17 @@
 """Costs beside the op: what an operator of ours computes and moves, registered where the operator is defined.
 
 ``register_cost`` is for operators that the dispatcher sees (``torch.library``); ``priced`` is for plain functions that
-launch a kernel by themselves. Whoever counts (``profiler``) reads the first and listens to the second; nothing here
-knows the counter.
+launch a kernel by themselves; ``region`` names the part of a model that runs, where no ``nn.Module`` does. Whoever
+counts or times (``profiler``) reads the first and listens to the others; nothing here knows the profiler.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 
@@ -47,7 +47,29 @@ Listener = Callable[[str, CostFunction, Callable[..., Any], tuple[Any, ...], dic
 #: Read by the counter; written by ``register_cost`` alone.
 COSTS: dict[Operator, CostFunction] = {}
 
+
+class Parameters(NamedTuple):
+    """Of a region: how many elements its weights have, and the bytes they lie in."""
+
+    elements: int = 0
+    bytes: int = 0
+
+
+class RegionListener(Protocol):
+    """Hears regions; each ``region_leaves`` belongs to the latest ``region_enters`` that is still open."""
+
+    def region_enters(self, name: str, kind: str, parameters: Parameters) -> None:
+        """What runs from here on belongs to the region ``name``, a dotted path below the region that is open."""
+        ...
+
+    def region_leaves(self) -> None:
+        """The region that was entered last has ended, well or not."""
+        ...
+
+
 _listener: Listener | None = None
+_regions: RegionListener | None = None
+_NOWHERE: AbstractContextManager[None] = nullcontext()
 
 
 def register_cost(op: Operator, function: CostFunction) -> None:
@@ -67,8 +89,9 @@ def register_cost(op: Operator, function: CostFunction) -> None:
     COSTS[op] = function
 
 
-def priced(cost: CostFunction) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorator of a plain function: its calls are counted as one operator of the function's name, at ``cost``.
+def priced(cost: CostFunction, name: str | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator of a plain function: its calls are counted as one operator of that name, or of the function's, at
+    ``cost``, which is asked once the function has returned.
 
     The operators that the function itself calls are then not counted. Without a counter a call costs one look at a
     global.
@@ -79,7 +102,7 @@ def priced(cost: CostFunction) -> Callable[[Callable[P, R]], Callable[P, R]]:
         def counted(*args: P.args, **kwargs: P.kwargs) -> R:
             if _listener is None:
                 return function(*args, **kwargs)
-            result: R = _listener(function.__name__, cost, function, args, kwargs)
+            result: R = _listener(name or function.__name__, cost, function, args, kwargs)
             return result
 
         return counted
@@ -103,3 +126,41 @@ def listening(listener: Listener) -> Iterator[None]:
         yield
     finally:
         _listener = None
+
+
+def region(name: str, kind: str, parameters: Parameters = Parameters()) -> AbstractContextManager[None]:  # noqa: B008
+    """What runs inside belongs to the part ``name`` of a model, a dotted path below the region around it. ``kind`` is
+    what parts of several layers have in common. Nothing where nobody listens."""
+    return _NOWHERE if _regions is None else _region(_regions, name, kind, parameters)
+
+
+@contextmanager
+def _region(listener: RegionListener, name: str, kind: str, parameters: Parameters) -> Iterator[None]:
+    listener.region_enters(name, kind, parameters)
+    try:
+        yield
+    finally:
+        listener.region_leaves()
+
+
+def observed() -> bool:
+    """Whether somebody counts or times: what is else replayed from a CUDA graph then runs launch by launch, since a
+    graph tells neither its operators nor whose they are."""
+    return _listener is not None or _regions is not None
+
+
+@contextmanager
+def hearing(listener: RegionListener) -> Iterator[None]:
+    """While this is open, ``listener`` hears regions. One at a time, for the whole process.
+
+    Raises:
+        KernelError: somebody hears them already.
+    """
+    global _regions
+    if _regions is not None:
+        raise KernelError("a profiler runs already in this process: leave it before the next one starts")
+    _regions = listener
+    try:
+        yield
+    finally:
+        _regions = None

@@ -7,6 +7,7 @@ decode step has one token a sequence, a prefill or an encoder step has many.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ops.collective import Collective
+from ops.costs import Parameters, observed, region
 from ops.spec import ModelSpec
 from ops.weights import ModelWeights, Norm, WeightSource
 
@@ -108,10 +110,32 @@ class StepState:
 
 @dataclass(frozen=True)
 class Launch:
-    """One entry of a plan: ``name`` is the module it belongs to (``layers.3.qkv``), ``run`` advances the state."""
+    """One entry of a plan: ``name`` is the module it belongs to (``layers.3.qkv``), ``run`` advances the state.
+
+    ``parameters`` are those that count at it; None for a launch of a whole step, whose parts say themselves which they
+    are.
+    """
 
     name: str
     run: Callable[[StepState], None]
+    parameters: Parameters | None = None
+
+
+def run_launches(launches: Sequence[Launch], state: StepState) -> None:
+    """Runs every launch in order, each in a region of its name where somebody counts or times."""
+    if not observed():
+        for launch in launches:
+            launch.run(state)
+        return
+    for launch in launches:
+        with _region_of(launch):
+            launch.run(state)
+
+
+def _region_of(launch: Launch) -> AbstractContextManager[None]:
+    if launch.parameters is None:
+        return nullcontext()
+    return region(launch.name, launch.name.rpartition(".")[2], launch.parameters)
 
 
 @dataclass(frozen=True)
@@ -138,8 +162,7 @@ class StepPlan:
     def run(self, inputs: StepInputs) -> StepResult:
         """Runs every launch in order."""
         state = StepState(inputs)
-        for launch in self.launches:
-            launch.run(state)
+        run_launches(self.launches, state)
         assert state.hidden is not None
         return StepResult(state.hidden, state.outputs)
 

@@ -10,8 +10,9 @@ from typing import Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
+from ops.costs import Parameters
 from ops.quantization.tensor import QuantizedTensor
-from ops.spec import ModelSpec
+from ops.spec import ModelSpec, NormPlacement
 
 T = TypeVar("T")
 
@@ -59,6 +60,11 @@ class PackedWeight(Protocol):
     @property
     def shape(self) -> tuple[int, int]:
         """Logical (out, in)."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it lies in."""
         ...
 
     def apply(self, x: Tensor) -> Tensor:
@@ -137,6 +143,38 @@ class ModelWeights:
     final_norm: Norm | None
     head: HeadWeights | None
     version: int
+
+
+def parameters(*parts: Linear | Norm | Tensor | None) -> Parameters:
+    """Elements of weights and biases, and the bytes they lie in as they are packed."""
+    known = []
+    for part in parts:
+        both = (part.weight, part.bias) if isinstance(part, Linear | Norm) else (part,)
+        known += [weight for weight in both if weight is not None]
+    return Parameters(sum(math.prod(weight.shape) for weight in known), sum(weight.nbytes for weight in known))
+
+
+def embedding_parameters(embed: Embeddings) -> Parameters:
+    """Of everything that stands before the first layer."""
+    return parameters(embed.token, embed.position, embed.token_type, embed.project, embed.norm)
+
+
+def layer_parameters(layer: LayerWeights, placement: NormPlacement) -> dict[str, Parameters]:
+    """By macro-op: a norm counts at the product that it stands before, or behind (post-norm)."""
+    pre = placement == "pre"
+    return {
+        "qkv": parameters(layer.attn_norm if pre else None, layer.qkv, layer.q_norm, layer.k_norm),
+        "attend": Parameters(),
+        "attention_out": parameters(layer.out, None if pre else layer.attn_norm),
+        "ffn_up": parameters(layer.ffn_norm if pre else None, layer.up),
+        "ffn_down": parameters(layer.down, None if pre else layer.ffn_norm),
+    }
+
+
+def head_parameters(head: HeadWeights, tied: bool) -> Parameters:
+    """Of the head; an output projection that is the token embedding counts there, however it is packed."""
+    out = head.out.bias if tied and head.out is not None else head.out
+    return parameters(head.dense, head.norm, head.project, out)
 
 
 class Packer:

@@ -6,6 +6,7 @@ optimizers, all of which go with it; what is computed is the same bit for bit.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter as Tally
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,7 +20,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ops.costs import Cost, CostFunction, listening
+from ops.costs import Cost, CostFunction, Parameters, hearing, listening
 from ops.errors import KernelError
 from profiler.counts import Counts, Work
 from profiler.errors import ProfilerError
@@ -61,12 +62,16 @@ class Counter:
         self._activations = _Activations()
         self._steps = 0
         self._covered = 0
+        self._thread = 0
+        self._regions: list[Place] = []
         self._open: ExitStack | None = None
 
     def __enter__(self) -> Counter:
+        self._thread = threading.get_ident()
         with ExitStack() as stack:
             try:
                 stack.enter_context(listening(self._heard))
+                stack.enter_context(hearing(self))
             except KernelError as error:
                 raise ProfilerError(str(error)) from None
             for handle in (
@@ -103,7 +108,20 @@ class Counter:
         finally:
             self._steps -= 1
 
-    # ---- what the hooks and the mode call ----
+    # ---- what regions, the hooks and the mode call ----
+
+    def region_enters(self, name: str, kind: str, parameters: Parameters) -> None:
+        """A part of slipstream's own runtime begins (``ops.costs.region``)."""
+        if threading.get_ident() == self._thread:
+            self._regions.append(self._tree.enter_region(name, kind, parameters))
+
+    def region_leaves(self) -> None:
+        """It has ended."""
+        if threading.get_ident() != self._thread:
+            return
+        self._tree.leave_region(self._regions.pop())
+        if not self._tree.depth and not torch.is_grad_enabled():
+            self._activations.settle()
 
     def _module_enters(self, module: nn.Module, args: Any) -> None:
         forward = module.__dict__.get("forward")
@@ -134,7 +152,7 @@ class Counter:
         kwargs: dict[str, Any],
     ) -> Any:
         """A function that is ``priced`` is called: count it, and not what it calls."""
-        if self._covered:
+        if self._covered or threading.get_ident() != self._thread:
             return function(*args, **kwargs)
         self._covered += 1
         try:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from ops.costs import Parameters
 from profiler.counts import ModuleCounts, Phase, Work
 
 
@@ -24,6 +26,8 @@ class Place:
         self.name = name
         self.kind = kind
         self.path = path
+        #: A part that says its name itself (``ops.costs.region``), rather than a module.
+        self.region = False
         self.children: list[Place] = []
         self.parameters = 0
         self.parameter_bytes = 0
@@ -80,7 +84,8 @@ class ModuleTree:
 
     def __init__(self) -> None:
         self.root = Place("", "", ())
-        self._stack: list[tuple[nn.Module, Place, int]] = []
+        #: What was entered (a module, or the place of a region), where it counts, and within which backward pass.
+        self._stack: list[tuple[nn.Module | Place, Place, int]] = []
         #: By identity: a module may call itself equal to another. The module is kept, so that its id stays its own.
         self._known: dict[int, tuple[nn.Module, list[Place]]] = {}
         self._owners: dict[int, tuple[nn.Parameter, Place]] = {}
@@ -94,9 +99,8 @@ class ModuleTree:
         several models apart."""
         if _is_compiled(model):
             model = cast(nn.Module, model._orig_mod)
-        taken = {place.name for place in _walk(self.root)}
         kind = type(model).__name__
-        top = next(name for name in _numbered(kind) if name not in taken)
+        top = self._free(kind)
         places: dict[str, Place] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             path = (top, *(name.split(".") if name else ()))
@@ -106,6 +110,11 @@ class ModuleTree:
             (places[name.rpartition(".")[0]] if name else self.root).children.append(place)
             self._known.setdefault(id(module), (module, []))[1].append(place)
             self._own_parameters(module, place)
+
+    def _free(self, kind: str) -> str:
+        """A name that no place has yet."""
+        taken = {place.name for place in _walk(self.root)}
+        return next(name for name in _numbered(kind) if name not in taken)
 
     def _own_parameters(self, module: nn.Module, place: Place) -> None:
         for parameter in module.parameters(recurse=False):
@@ -132,19 +141,50 @@ class ModuleTree:
             self.add(module, prefixed=True)
         path = self.current.path
         place = max(self._known[id(module)][1], key=lambda candidate: _common(candidate.path, path))
-        task = torch._C._current_graph_task_id()
-        self._stack.append((module, place, task))
-        place.calls["forward" if task == -1 else "recompute"] += 1
-        self._note()
+        self._push(module, place)
 
     def leave(self, module: nn.Module) -> None:
         """A module's forward has ended, well or not."""
         if any(entered is module for entered, _, _ in self._stack):
-            entered, place, _ = self._stack.pop()
-            while entered is not module:
-                entered, place, _ = self._stack.pop()
-            self._own_parameters(module, place)  # lazy modules have them only now
-            self._note()
+            self._own_parameters(module, self._pop(module))  # lazy modules have them only now
+
+    def enter_region(self, name: str, kind: str, parameters: Parameters) -> Place:
+        """A part of a model that is no module begins: ``name`` is its dotted path below what runs now. What it says of
+        its parameters counts the first time. ``leave_region`` takes what is returned."""
+        place = self.current
+        for part in name.split("."):
+            found = next((child for child in place.children if child.path[-1] == part and child.region), None)
+            place = found or self._add_region(place, part)
+        if not place.calls:
+            place.kind, place.parameters, place.parameter_bytes = kind, parameters.elements, parameters.bytes
+        self._push(place, place)
+        return place
+
+    def leave_region(self, place: Place) -> None:
+        """The region has ended, well or not."""
+        self._pop(place)
+
+    def _add_region(self, parent: Place, part: str) -> Place:
+        top = self._free(part) if parent is self.root else part
+        name = top if parent is self.root else f"{parent.name}.{part}"
+        place = Place(name, "layer" if part.isdigit() else part, (*parent.path, part))
+        place.region = True
+        parent.children.append(place)
+        return place
+
+    def _push(self, entered: nn.Module | Place, place: Place) -> None:
+        task = torch._C._current_graph_task_id()
+        self._stack.append((entered, place, task))
+        place.calls["forward" if task == -1 else "recompute"] += 1
+        self._note()
+
+    def _pop(self, entered: nn.Module | Place) -> Place:
+        """Leaves what was entered, and all that was entered within and not left."""
+        last, place, _ = self._stack.pop()
+        while last is not entered:
+            last, place, _ = self._stack.pop()
+        self._note()
+        return place
 
     def _note(self) -> None:
         self._newest = self._marks[threading.get_ident()]
@@ -186,7 +226,7 @@ def _walk(place: Place) -> list[Place]:
     return [place, *(below for child in place.children for below in _walk(child))]
 
 
-def _numbered(name: str) -> Any:
+def _numbered(name: str) -> Iterator[str]:
     yield name
     number = 2
     while True:

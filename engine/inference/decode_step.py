@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from engine.inference.kv_cache import PagedCache
+from ops.costs import observed
 from ops.plan import Decoder, DecodeState
 from ops.sampling import SamplingPlan, SamplingState, TokenLogprobs, sample
 
@@ -26,20 +28,35 @@ class _Key:
     bound: int
 
 
+_Step = Callable[[], TokenLogprobs | None]
+
+
 @dataclass
 class _Sampled:
-    """A step that samples: ``run`` enqueues it; the rest are the buffers that it reads and writes."""
+    """A step that samples: ``launch`` enqueues it launch by launch, ``replay`` as a CUDA graph where there is one; both
+    give the log-probabilities that were asked for. The rest are the buffers that it reads and writes."""
 
-    run: Callable[[], None]
+    launch: _Step
     sampling: SamplingState
     chosen: Tensor
-    logprobs: TokenLogprobs | None
+    replay: _Step | None = None
+
+    def __call__(self) -> TokenLogprobs | None:
+        return self.launch() if self.replay is None or observed() else self.replay()
 
 
 class DecodeStep:
     """Steps of ``rows`` rows; :meth:`begin` loads a wave, :meth:`run` enqueues steps and never waits for the device."""
 
-    def __init__(self, decoder_of: Callable[[DecodeState], Decoder | None], cache: PagedCache, rows: int) -> None:
+    def __init__(
+        self,
+        decoder_of: Callable[[DecodeState], Decoder | None],
+        cache: PagedCache,
+        rows: int,
+        region: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """``region`` is around what the decoder computes."""
+        self._region = region
         device = cache.device
         self.cache = cache
         self.state = DecodeState(
@@ -89,13 +106,13 @@ class DecodeStep:
         found = []
         if self._step is None:
             assert self.decoder is not None
-            self.decoder.greedy(words)
+            with self._region():
+                self.decoder.greedy(words)
             return words, []
         for index in range(count):
-            self._step.run()
+            one = self._step()
             words[index].copy_(self._step.chosen)
-            if self._step.logprobs is not None:
-                one = self._step.logprobs
+            if one is not None:
                 found.append(TokenLogprobs(one.chosen.clone(), one.top_tokens.clone(), one.top_logprobs.clone()))
         return words, found
 
@@ -115,24 +132,28 @@ class DecodeStep:
         key = _Key(padded.plan, logprobs, padded.eos.shape[0], bound)
         if key not in self._steps:
             self._steps[key] = self._build(padded.select(range(self.state.rows)), logprobs, bound)
-        return self._steps[key]
+        step = self._steps[key]
+        if step.replay is None and self.state.tokens.device.type == "cuda" and not observed():
+            step.replay = self._captured(step.launch)
+        return step
 
     def _build(self, sampling: SamplingState, logprobs: int | None, bound: int) -> _Sampled:
         decoder, state = self.decoder, self.state
         assert decoder is not None
-        step = _Sampled(lambda: None, sampling, torch.zeros_like(state.tokens), None)
+        chosen = torch.zeros_like(state.tokens)
 
-        def run() -> None:
-            out = sample(decoder.logits(bound), sampling, logprobs=logprobs)
+        def launch() -> TokenLogprobs | None:
+            with self._region():
+                logits = decoder.logits(bound)
+            out = sample(logits, sampling, logprobs=logprobs)
             state.tokens.copy_(out.tokens)
             state.positions.add_(1)
-            torch.where(out.valid, out.tokens, ~out.tokens, out=step.chosen)
-            step.logprobs = out.logprobs
+            torch.where(out.valid, out.tokens, ~out.tokens, out=chosen)
+            return out.logprobs
 
-        step.run = run if state.tokens.device.type != "cuda" else self._captured(run)
-        return step
+        return _Sampled(launch, sampling, chosen)
 
-    def _captured(self, run: Callable[[], None]) -> Callable[[], None]:
+    def _captured(self, run: _Step) -> _Step:
         """``run`` as a CUDA graph. It runs before, on the scratch page: compilation and libraries' set-up cannot be
         captured."""
         self._park()
@@ -146,8 +167,13 @@ class DecodeStep:
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            run()
-        return graph.replay
+            found = run()
+
+        def replay() -> TokenLogprobs | None:
+            graph.replay()
+            return found
+
+        return replay
 
 
 def _bound(tokens: int) -> int:

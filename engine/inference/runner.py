@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TypeVar
 
@@ -16,6 +17,7 @@ from engine.inference.decode_step import DecodeStep
 from engine.inference.inputs import Flat
 from engine.inference.kv_cache import PagedCache, Sequence
 from ops.collective import Collective
+from ops.costs import region
 from ops.errors import IdError
 from ops.plan import Bucket, Decoder, DecodeState, KernelSet, StepInputs, StepPlan, StepResult
 from ops.spec import ModelSpec
@@ -34,6 +36,11 @@ class Runner:
         self._plans: dict[str, StepPlan] = {}
         self._decode_steps: dict[tuple[int, int], DecodeStep] = {}
         self._places = torch.empty(0, dtype=torch.int64)
+
+    def _region(self) -> AbstractContextManager[None]:
+        """Where a profiler finds the model's steps."""
+        head = self.spec.head
+        return region(self.spec.family, "embedding" if head is None else head.task)
 
     def _plan(self, bucket: Bucket) -> StepPlan:
         if bucket.kind not in self._plans:
@@ -55,7 +62,8 @@ class Runner:
         ends = None if wanted is None else self._tensor(list(wanted))
         tokens = self._tensor([t for row in rows for t in row])
         inputs = StepInputs(tokens, self._tensor(positions), lengths, types, rows=ends)
-        return self._plan(Bucket("encode")).run(inputs)
+        with self._region():
+            return self._plan(Bucket("encode")).run(inputs)
 
     def flat(self, batch: Flat, build: Callable[[StepResult], T]) -> T:
         """What ``build`` makes of the result of :meth:`whole`, for ids that lie on the device: nothing of them comes to
@@ -83,7 +91,8 @@ class Runner:
                 self._refuse(batch)
             inputs = replace(inputs, checked=True)
         try:
-            result = plan.run(inputs)
+            with self._region():
+                result = plan.run(inputs)
         except IdError:
             self._refuse(batch)
             raise
@@ -145,7 +154,7 @@ class Runner:
             def decoder_of(state: DecodeState) -> Decoder | None:
                 return self.kernels.decoder(self.spec, self.weights, state, self.group)
 
-            self._decode_steps[key] = DecodeStep(decoder_of, cache, key[1])
+            self._decode_steps[key] = DecodeStep(decoder_of, cache, key[1], self._region)
         step = self._decode_steps[key]
         return None if step.decoder is None else step
 
@@ -168,7 +177,9 @@ class Runner:
             ends = [sum(lengths[: i + 1]) - 1 for i in (range(len(lengths)) if wanted is None else wanted)]
             rows = self._tensor(ends)
         tokens = self._tensor([t for piece in pieces for t in piece])
-        result = self._plan(bucket).run(StepInputs(tokens, self._tensor(positions), tuple(lengths), None, view, rows))
+        inputs = StepInputs(tokens, self._tensor(positions), tuple(lengths), None, view, rows)
+        with self._region():
+            result = self._plan(bucket).run(inputs)
         assert result.outputs is not None
         return result.outputs
 

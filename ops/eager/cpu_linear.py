@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops.costs import Cost, register_cost
 from ops.weights import PackedWeight
 
 log = logging.getLogger("slipstream.kernels")
@@ -43,6 +44,11 @@ class HalfPacked:
     scale: float
     shape: tuple[int, int]
 
+    @property
+    def nbytes(self) -> int:
+        """Two for each element."""
+        return 2 * math.prod(self.shape)
+
     def apply(self, x: Tensor) -> Tensor:
         """``x W^T``: [T, in] fp32 to [T, out] fp32."""
         x = x if self.scale == 1.0 else x * self.scale
@@ -58,12 +64,27 @@ class Blocked:
     weight: Tensor
     shape: tuple[int, int]
 
+    @property
+    def nbytes(self) -> int:
+        """Of the plain weight: blocks that fill a layout up are not counted."""
+        return math.prod(self.shape) * self.weight.element_size()
+
     def apply(self, x: Tensor) -> Tensor:
         """``x W^T``: [T, in] to [T, out] in one dtype."""
         if x.shape[0] == 0:
             return x.new_zeros(0, self.shape[0])
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
         return result
+
+
+def _half_cost(result: Tensor, x: Tensor, packed: Any) -> Cost:
+    """2 M N K; the weight is read in fp16."""
+    read = x.nbytes + 2 * x.shape[-1] * result.shape[-1]
+    return Cost(2 * x.shape[-1] * result.numel(), macs=x.shape[-1] * result.numel(), bytes_read=read)
+
+
+if hasattr(torch.ops.quantized, "linear_dynamic_fp16"):
+    register_cost(torch.ops.quantized.linear_dynamic_fp16, _half_cost)
 
 
 def pack_for_cpu(weight: Tensor, *, shared: bool = False) -> Tensor | PackedWeight:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ops.errors import KernelError
 from ops.generic.encoder_graph import EncoderGraphs, Head, Limits, Place, StaticForward, StepBuffers
 from ops.generic.launch import assert_indices, on, power_of_two
-from ops.plan import Launch, StepInputs, StepState
+from ops.plan import Launch, StepInputs, StepState, run_launches
 from ops.spec import LearnedPositions, ModelSpec
 from ops.weights import ModelWeights
 
@@ -137,8 +137,7 @@ class _Walk:
         )
         lengths = (place.longest,) * place.sequences
         state = StepState(StepInputs(ids, positions, lengths, types, memo={STARTS: starts}))
-        for launch in self.launches:
-            launch.run(state)
+        run_launches(self.launches, state)
         assert state.hidden is not None
         return self.hidden[: place.rows].copy_(state.hidden)
 

@@ -19,13 +19,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ops.costs import observed, region
 from ops.errors import IdError, KernelError
 from ops.generic.launch import assert_indices, power_of_two
 from ops.macro_ops import MacroOps
-from ops.plan import Bucket, Launch, StepInputs, StepPlan, StepResult, StepState
+from ops.plan import Bucket, Launch, StepInputs, StepPlan, StepResult, StepState, run_launches
 from ops.spec import ModelSpec
 from ops.triton_support import interpreted
-from ops.weights import ModelWeights
+from ops.weights import HeadWeights, ModelWeights, head_parameters
 
 #: Graphs that are kept, the latest used ones; they share all their memory but what heads give.
 GRAPHS = 64
@@ -247,17 +248,22 @@ class EncoderGraphs(ABC):
 
     def _run(self, place: Place, head: bool) -> _Run:
         """The forward of that bucket, captured if it has not been yet."""
+        if observed():
+            return self._uncaptured(place, head)
         key = (place, head)
         if key not in self._runs:
-            assert self._buffers is not None
-            with torch.inference_mode(False), torch.no_grad():
-                forward = self.forward(self._buffers, place)
-            run = _WithHead(forward, self.head if head else None, self._firsts())
+            run = self._uncaptured(place, head)
             self._runs[key] = run if self.device.type != "cuda" or interpreted() else self._captured(run)
             if len(self._runs) > GRAPHS:
                 self._runs.popitem(last=False)
         self._runs.move_to_end(key)
         return self._runs[key]
+
+    def _uncaptured(self, place: Place, head: bool) -> _WithHead:
+        assert self._buffers is not None
+        with torch.inference_mode(False), torch.no_grad():
+            forward = self.forward(self._buffers, place)
+        return _WithHead(forward, self.head if head else None, self._firsts())
 
     def _captured(self, run: _Run) -> _Run:
         """``run`` as a graph. Whatever fails there is raised."""
@@ -313,14 +319,13 @@ def graph_plan(graphs: EncoderGraphs, ops: MacroOps, fallback: StepPlan) -> Step
     def run(state: StepState) -> None:
         inputs = state.inputs
         if not graphs.takes(inputs):
-            for launch in fallback.launches:
-                launch.run(state)
+            run_launches(fallback.launches, state)
             return
         with graphs.lock:
             hidden, state.outputs = graphs.step(inputs, head=inputs.rows is None)
             state.hidden = hidden if inputs.rows is None else hidden.index_select(0, inputs.rows)
             if state.outputs is None and graphs.weights.head is not None:
-                state.outputs = ops.head(graphs.spec, graphs.weights.head, state.hidden, inputs)
+                state.outputs = _in_region(graphs.spec, graphs.weights.head, ops, state.hidden, inputs)
             if inputs.meanwhile is not None:
                 inputs.meanwhile(StepResult(state.hidden, state.outputs))
             graphs.finish(inputs)
@@ -342,6 +347,12 @@ def graph_head(spec: ModelSpec, weights: ModelWeights, ops: MacroOps) -> Head | 
 
     def run(hidden: Tensor) -> Tensor:
         inputs = StepInputs(hidden.new_empty(0, dtype=torch.int64), hidden.new_empty(0, dtype=torch.int64), ())
-        return ops.head(picked, packed, hidden, inputs)
+        return _in_region(picked, packed, ops, hidden, inputs)
 
     return run
+
+
+def _in_region(spec: ModelSpec, head: HeadWeights, ops: MacroOps, hidden: Tensor, inputs: StepInputs) -> Tensor:
+    """The head's outputs."""
+    with region("head", "head", head_parameters(head, spec.head is not None and spec.head.tied)):
+        return ops.head(spec, head, hidden, inputs)

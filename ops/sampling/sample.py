@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ops.costs import region
 from ops.sampling.logits import (
     apply_temperature,
     first_maximum,
@@ -63,6 +64,11 @@ def sample(logits: Tensor, state: SamplingState, *, logprobs: int | None = None)
     token ids, at their one Philox number: a row's tokens depend on its own logits, parameters, seed and counter alone.
     ``logprobs=n`` adds :func:`token_logprobs` with n alternatives.
     """
+    with region("sampling", "sampling"):
+        return _sample(logits, state, logprobs)
+
+
+def _sample(logits: Tensor, state: SamplingState, logprobs: int | None) -> SampleOutput:
     plan = state.plan
     scores = logits.to(torch.float32)
     if plan.penalty:
