@@ -1,8 +1,8 @@
 """A report as one HTML page: text, figures and tables in a file that needs nothing else and asks no one.
 
-``page.html.j2`` is the page, filled by Jinja, which escapes what it is given; ``summary.py`` gives its text, ``rows.py``
-its tables, ``figures.py`` its plots. ``plots.js`` and ``tables.js`` are what moves on it. A policy in the page
-forbids every request and every script but these.
+``page.html.j2`` is the page, filled by Jinja, which escapes what it is given; ``summary.py`` gives its text,
+``rows.py`` its tables, ``figures.py`` its plots. ``plots.js`` and ``tables.js`` are what moves on it. A policy in the
+page forbids every request, and every script but these.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from importlib.resources import files
 from typing import Any
 
 from profiler.judge import Judged
 from profiler.page import figures, rows, summary
 from profiler.report import Report
+from profiler.summary import executed_differs
 
 __all__ = ["page"]
 
@@ -34,8 +36,9 @@ def page(report: Report) -> str:
     judged = Judged(report)
     data = _data(judged)
     scripts = [figures.library(), *map(_read, _SCRIPTS)]
-    template = Environment(autoescape=True).from_string(_read("page.html.j2"))
-    return template.render(
+    environment = Environment(autoescape=True)
+    environment.filters["micro"] = _micro
+    return environment.from_string(_read("page.html.j2")).render(
         **summary.text(judged),
         data=_embedded(data),
         kernels=bool(data["kernels"]),
@@ -54,6 +57,7 @@ def _data(judged: Judged) -> dict[str, Any]:
         "phases": rows.phases_of(judged),
         "timed": report.timing is not None,
         "judged": report.limits is not None,
+        "executes": executed_differs(judged),
         "modules": modules,
         "operators": rows.operators(judged),
         "kernels": rows.kernels(judged),
@@ -68,6 +72,11 @@ def _read(name: str) -> str:
 def _embedded(data: Any) -> str:
     """JSON for a script element, which only a "<" could end."""
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _micro(text: str) -> str:
+    """Units with the sign that a terminal may lack."""
+    return re.sub(r"(?<=\d )u(?=[sJ]\b)|^u(?=[sJ]$)", "µ", text)
 
 
 def _hash(script: str) -> str:

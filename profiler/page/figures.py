@@ -11,7 +11,7 @@ import html
 import importlib.util
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from profiler.ceilings import Ceilings, intensity
@@ -29,8 +29,8 @@ VERDICTS = {
 }
 #: What lies further left is shown at the edge: such a module hardly computes.
 LEAST_INTENSITY = 1e-2
-#: Labels of ceilings nearer to each other than this factor go side by side, so much of the plot's width apart.
-CROWDED, LANE = 1.8, 0.2
+#: Height of a label, as a part of the roofline's.
+LABEL = 0.05
 #: Names of labels: of the ceilings that count here, and of the others, which a narrow screen has no room for.
 OURS, OTHER = "ours", "other"
 _INK = {OURS: "var(--ink)", OTHER: "var(--muted)"}
@@ -59,7 +59,7 @@ def roofline(limits: Ceilings, precision: str, rows: Sequence[Row]) -> dict[str,
     trace of dots, which the script fills."""
     (left, right), (bottom, top) = _window(limits, precision, rows)
     figure = _figure(margin={"l": 62, "r": 14, "t": 36, "b": 50})
-    _ceilings(figure, limits, precision, left, right)
+    _ceilings(figure, limits, precision, left, right, LABEL * math.log10(top / bottom))
     ridge, slope = limits.ridge(precision), left * (limits.ridge(precision) / left) ** 0.75
     figure.add_scatter(
         **{"x": [ridge, ridge], "y": [bottom, limits.peak(precision)], "mode": "lines", "hoverinfo": "skip"},
@@ -74,13 +74,12 @@ def roofline(limits: Ceilings, precision: str, rows: Sequence[Row]) -> dict[str,
             **{"x": [None], "y": [None], "mode": "markers", "name": legend, "meta": verdict, "marker": marker},
             hovertemplate="%{customdata}<extra></extra>",
         )
-    title = lambda text: {"text": text, "font": {"size": 13}, "standoff": 8}  # noqa: E731
-    axis = {"type": "log", "gridcolor": "var(--grid)", "zeroline": False, "dtick": 1}
+    axis: dict[str, Any] = {"type": "log", "gridcolor": "var(--grid)", "zeroline": False, "dtick": 1}
     across, up = [math.log10(left), math.log10(right)], [math.log10(bottom), math.log10(top)]
-    figure.update_xaxes(**axis, title=title("operations a byte"), range=across, exponentformat="none")
-    figure.update_yaxes(**axis, title=title("operations a second"), range=up, exponentformat="SI extended")
-    legend = {"orientation": "h", "x": 0, "y": 1.0, "xanchor": "left", "yanchor": "bottom", "itemsizing": "constant"}
-    figure.update_layout(legend=legend)
+    figure.update_xaxes(**axis, title=_title("operations a byte"), range=across, exponentformat="none")
+    figure.update_yaxes(**axis, title=_title("operations a second"), range=up, exponentformat="SI extended")
+    bar = {"orientation": "h", "x": 0, "y": 1.0, "xanchor": "left", "yanchor": "bottom", "itemsizing": "constant"}
+    figure.update_layout(legend=bar)
     return _plain(figure)
 
 
@@ -88,7 +87,14 @@ def flame(rows: Sequence[Row]) -> dict[str, Any]:
     """An icicle of all rows, in their order; the script gives widths, colours and what is shown on hovering."""
     figure = _figure(margin={"l": 0, "r": 0, "t": 0, "b": 0}, uniformtext=_TEXT)
     tiling = {"orientation": "v", "pad": 1}
-    figure.add_icicle(**_tree(rows), sort=False, textposition="middle left", tiling=tiling, leaf={"opacity": 1}, pathbar={"thickness": PATH})
+    figure.add_icicle(
+        **_tree(rows),
+        sort=False,
+        textposition="middle left",
+        tiling=tiling,
+        leaf={"opacity": 1},
+        pathbar={"thickness": PATH},
+    )
     return _plain(figure)
 
 
@@ -100,12 +106,12 @@ def memory(rows: Sequence[Row]) -> dict[str, Any]:
     return _plain(figure)
 
 
-def _ceilings(figure: Any, limits: Ceilings, precision: str, left: float, right: float) -> None:
+def _ceilings(figure: Any, limits: Ceilings, precision: str, left: float, right: float, gap: float) -> None:
     """A line for each peak; precisions with the same peak share one."""
     names: dict[float, list[str]] = {}
     for name, peak in sorted(limits.flops.items(), key=lambda item: item[1]):
         names.setdefault(peak, []).append(name)
-    ours, below, lane = limits.peak(precision), 0.0, 0
+    ours = limits.peak(precision)
     # The line that counts comes last, over the others.
     for peak in sorted(names, key=lambda peak: peak == ours):
         color, width, dash = ("var(--ink)", 2, "solid") if peak == ours else ("var(--neither)", 1, "dot")
@@ -116,18 +122,30 @@ def _ceilings(figure: Any, limits: Ceilings, precision: str, left: float, right:
             **{"x": across, "y": [min(peak, x * limits.bandwidth) for x in across], "mode": "lines"},
             **{"hoverinfo": "skip", "showlegend": False, "line": {"color": color, "width": width, "dash": dash}},
         )
-    for peak, named in names.items():
-        lane = lane + 1 if below and peak / below < CROWDED else 0
-        below = peak
-        at = right / (right / left) ** (LANE * lane)
-        anchor = ("right", "top" if peak < ours else "bottom")
-        text = f"{', '.join(named)}: {quantity(peak, 'FLOP/s')}"
-        _label(figure, at, min(peak, at * limits.bandwidth), text, anchor, OURS if peak == ours else OTHER)
+    _peak_labels(figure, names, ours, right, bandwidth=limits.bandwidth, gap=gap)
 
 
-def _window(
-    limits: Ceilings, precision: str, rows: Sequence[Row]
-) -> tuple[tuple[float, float], tuple[float, float]]:
+def _peak_labels(
+    figure: Any, names: Mapping[float, Sequence[str]], ours: float, right: float, *, bandwidth: float, gap: float
+) -> None:
+    """At the right end of each line; where lines are close, one above the other, away from the one that counts."""
+    above = below = math.log10(min(ours, right * bandwidth))
+    for peak in sorted(names, key=lambda peak: (peak < ours, abs(math.log(peak / ours)))):
+        at = math.log10(min(peak, right * bandwidth))
+        if peak < ours:
+            at = below = min(at, below)
+            below -= gap
+        else:
+            at = above = max(at, above)
+            above += gap
+        text, anchor = (
+            f"{', '.join(names[peak])}: {quantity(peak, 'FLOP/s')}",
+            ("right", "top" if peak < ours else "bottom"),
+        )
+        _label(figure, right, 10**at, text, anchor, OURS if peak == ours else OTHER)
+
+
+def _window(limits: Ceilings, precision: str, rows: Sequence[Row]) -> tuple[tuple[float, float], tuple[float, float]]:
     """Least and most operations a byte, and operations a second, so that every dot of every phase has its place."""
     seconds, executed, moved, limit = (CELLS.index(name) for name in ("seconds", "executed", "bytes", "limit"))
     across, up = [limits.ridge(precision)], [limits.peak(precision)]
@@ -141,7 +159,10 @@ def _window(
     highest = max(min(peak, right * limits.bandwidth) for peak in limits.flops.values())
     # A handful of almost idle modules must not squeeze the rest.
     bottom = max(min(up), limits.peak(precision) / 1e7)
-    return (left, right), (min(bottom, left * limits.bandwidth) / 2, max(highest, *up) * 3)
+    bottom = min(bottom, left * limits.bandwidth) / 2
+    ours, decades = limits.peak(precision), math.log10(highest / bottom)
+    stacked = ours * 10 ** (LABEL * decades * sum(peak > ours for peak in limits.flops.values()))
+    return (left, right), (bottom, max(1.5 * 10 ** (LABEL * decades) * max(highest, stacked), 2 * max(up)))
 
 
 def _tree(rows: Sequence[Row]) -> dict[str, Any]:
@@ -160,8 +181,13 @@ def _tree(rows: Sequence[Row]) -> dict[str, Any]:
 def _label(figure: Any, x: float, y: float, text: str, anchor: tuple[str, str], whose: str) -> None:
     figure.add_annotation(
         **{"x": math.log10(x), "y": math.log10(y), "text": text, "xanchor": anchor[0], "yanchor": anchor[1]},
-        **{"name": whose, "showarrow": False, "font": {"size": 12, "color": _INK[whose]}},
+        **{"name": whose, "showarrow": False, "bgcolor": "var(--surface)"},
+        font={"size": 12, "color": _INK[whose]},
     )
+
+
+def _title(text: str) -> dict[str, Any]:
+    return {"text": text, "font": {"size": 13}, "standoff": 8}
 
 
 def _figure(**layout: Any) -> Any:

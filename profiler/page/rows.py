@@ -89,9 +89,7 @@ def kernels(judged: Judged) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "cells": {
-                phase: [each[name].seconds, each[name].calls] for phase, each in found.items() if name in each
-            },
+            "cells": {phase: [each[name].seconds, each[name].calls] for phase, each in found.items() if name in each},
         }
         for name in found[ALL]
     ]
@@ -109,7 +107,7 @@ def _outside(judged: Judged, root: ModuleCounts, parent: int) -> list[dict[str, 
     for name, chosen in ((BETWEEN, phases), (STEP, [phase for phase in judged.phases if phase == "step"])):
         cells = {phase: judged.own("", phase) for phase in chosen}
         if any(cell != Judgement() for cell in cells.values()):
-            shown = {phase: _cells(cell) for phase, cell in cells.items() if phase in phases_of(judged)}
+            shown: dict[str, Any] = {phase: _cells(cell) for phase, cell in cells.items() if phase in phases_of(judged)}
             shown[ALL] = _cells(sum(cells.values(), Judgement()))
             found.append(_row(name, "", parent) | {"own": shown, "total": shown})
     if found and found[0]["name"] == BETWEEN:

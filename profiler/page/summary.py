@@ -1,9 +1,8 @@
-"""The page's text: what was profiled, the cards of figures, the step's parts, advice, notes. Plain strings, unescaped."""
+"""The page's text: what was profiled, the cards of figures, the step's parts, advice, notes. Plain strings."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +10,13 @@ from typing import Any
 from profiler.advice import HotSpot, hot_spots, remarks
 from profiler.ceilings import BANDWIDTH, Source
 from profiler.judge import Judged
-from profiler.units import percentage, quantity
-from profiler.units import seconds as ascii_seconds
+from profiler.summary import executed_differs
+from profiler.units import joules, percentage, quantity, seconds
 
 #: Cards in a row, at most.
 WIDEST = 6
-_JOULES = ((1.0, "J"), (1e-3, "mJ"), (1e-6, "µJ"))
-#: Two numbers nearer to each other than this part need not both be shown.
-ALIKE = 0.005
+#: A step that is so many times longer while it is timed is said to be.
+NOTICED = 1.02
 
 _MODES = {"training": "training step", "inference": "inference", "call": "one call"}
 _PHASES = {"forward": "forward", "recompute": "recompute", "backward": "backward", "step": "optimizer step"}
@@ -57,6 +55,7 @@ def text(judged: Judged) -> dict[str, Any]:
         # Rows of the same length, as nearly as it goes.
         "columns": math.ceil(len(cards) / math.ceil(len(cards) / WIDEST)),
         "parts": list(_parts(judged)),
+        "timed": _timed(judged),
         "advice": [_advice(spot) for spot in hot_spots(judged)],
         "remarks": [_sentence(remark.text) for remark in remarks(judged)],
         "roofline": _roofline(judged),
@@ -89,15 +88,15 @@ def _cards(judged: Judged) -> Iterator[Card]:
     yield from _speed(judged)
     if report.energy is not None:
         each = [
-            f"{_energy(joules)} a {what}"
-            for what, joules in (("sample", judged.joules_per_sample), ("token", judged.joules_per_token))
-            if joules is not None
+            f"{joules(taken)} a {what}"
+            for what, taken in (("sample", judged.joules_per_sample), ("token", judged.joules_per_token))
+            if taken is not None
         ]
         watts = [] if judged.watts is None else [f"{judged.watts:,.0f} W on average"]
-        yield Card("Energy a step", *_split(_energy(report.energy.joules)), ", ".join(each + watts))
+        yield Card("Energy a step", *_split(joules(report.energy.joules)), ", ".join(each + watts))
     forward = report.counts.total("forward").flops
     note = f"{percentage(forward / total.flops)} of it forward" if total.flops and forward != total.flops else ""
-    if abs(total.executed_flops - total.flops) > ALIKE * total.flops:
+    if executed_differs(judged):
         executed = f"{quantity(total.executed_flops)} executed"
         note = f"{note}, {executed}" if note else executed
     yield Card("Operations a step", *_split(quantity(total.flops, "FLOP")), note)
@@ -126,19 +125,28 @@ def _speed(judged: Judged) -> Iterator[Card]:
         peak = quantity(report.limits.peak(report.workload.precision) if report.limits else None, "FLOP/s")
         yield Card("Model FLOPs utilization", *_percent(judged.mfu), hardware or f"of {peak}")
     if judged.efficiency is not None:
-        yield Card("Of the roofline", *_percent(judged.efficiency), "of the speed that the limits allow")
+        yield Card("Of the roofline", *_percent(judged.efficiency), "of what the limits allow, while timed")
 
 
 def _parts(judged: Judged) -> Iterator[Part]:
     timing = judged.report.timing
     if timing is None:
         return
-    spent = [(phase, _PHASES[phase], judged.total("", phase).seconds or 0.0) for phase in judged.phases]
+    spent: list[tuple[str, str, float]] = []
+    spent += [(phase, _PHASES[phase], judged.total("", phase).seconds or 0.0) for phase in judged.phases]
     spent += [("communication", "communication", judged.communication.seconds), ("idle", "idle", timing.idle_seconds)]
     whole = sum(taken for _, _, taken in spent)
     for key, label, taken in spent:
         if taken:
             yield Part(key, label, seconds(taken), percentage(taken / whole), round(taken / whole, 5))
+
+
+def _timed(judged: Judged) -> str:
+    """What the parts add up to, where that is not the step time as it stands on its card."""
+    timing = judged.report.timing
+    if timing is None or not timing.plain_seconds or timing.step_seconds < NOTICED * timing.plain_seconds:
+        return ""
+    return f"Shares and times of modules are of a step while timed: {seconds(timing.step_seconds)}."
 
 
 def _advice(spot: HotSpot) -> dict[str, str]:
@@ -171,29 +179,19 @@ def _notes(judged: Judged) -> Iterator[str]:
     else:
         clock = "records of the GPU's kernels" if timing.clock == "device" else "wall clock"
         warm = f" after {timing.warm_up} to warm up" if timing.warm_up else ""
-        plain = f", {timing.step_seconds / timing.plain_seconds:.2f} times the plain step" if timing.plain_seconds else ""
+        plain = (
+            f", {timing.step_seconds / timing.plain_seconds:.2f} times the plain step" if timing.plain_seconds else ""
+        )
         steps = f"the median of {timing.steps} steps" if timing.steps > 1 else "one step"
         yield f"Times: {clock}; {steps}{warm}. While timed, a step took {seconds(timing.step_seconds)}{plain}."
     if limits is not None:
         peak, memory = limits.sources[report.workload.precision], limits.sources[BANDWIDTH]
         clock = f", at the {limits.clock} MHz it is held to" if limits.clock else ""
         document = f" ({limits.document})" if limits.document else ""
-        yield (
-            f"Limits of {limits.device}: peak from {_SOURCES[peak]}{clock}, bandwidth from {_SOURCES[memory]}{document}."
-        )
+        sources = f"peak from {_SOURCES[peak]}{clock}, bandwidth from {_SOURCES[memory]}{document}"
+        yield f"Limits of {limits.device}: {sources}."
     cost = f"Profiling took {seconds(report.counting_seconds)} to count"
     yield f"{cost} and {seconds(report.timing_seconds)} to time." if timing else f"{cost}."
-
-
-def seconds(number: float | None) -> str:
-    """As everywhere, with the sign that a terminal may lack."""
-    return ascii_seconds(number).replace("us", "µs")
-
-
-def _energy(joules: float) -> str:
-    """``4.21 mJ``: a token takes little."""
-    scale, unit = next(((scale, unit) for scale, unit in _JOULES if joules >= scale), _JOULES[-1])
-    return quantity(joules / scale, unit)
 
 
 def _split(written: str) -> tuple[str, str]:
@@ -210,5 +208,4 @@ def _many(number: int, what: str) -> str:
 
 
 def _sentence(said: str) -> str:
-    said = re.sub(r"(?<=\d )us\b", "µs", said)
     return said[:1].upper() + said[1:] + ("" if said.endswith(".") else ".") if said else ""

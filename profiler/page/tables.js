@@ -22,10 +22,6 @@ function verdict(c) {
   return bound ? [element("span", { className: `bound-${bound}` }, element("span", { className: "dot" }), VERDICTS[bound])] : ["–"];
 }
 
-/* Executed operations have a column where they differ by more than biases do. */
-const wholeWork = data.modules[0].total.all;
-const executes = Math.abs(wholeWork[EXECUTED] - wholeWork[FLOPS]) > 0.005 * wholeWork[FLOPS];
-
 function moduleColumns() {
   const of = (whose, pick) => (row) => pick(cell(row, whose));
   const share = (row) => timeShare(cell(row, "total")[SECONDS]);
@@ -38,7 +34,7 @@ function moduleColumns() {
     ...(data.judged && data.timed ? [number("Of roofline", of("total", efficiency), percent)] : []),
     ...(data.judged ? [number("Bound by", of("total", (c) => c[BOUND]), null, { nodes: (row) => verdict(cell(row, "total")), text: true })] : []),
     number("Operations", of("total", (c) => some(c[FLOPS])), (v) => quantity(v, "FLOP")),
-    ...(executes ? [number("Executed", of("total", (c) => some(c[EXECUTED])), (v) => quantity(v, "FLOP"))] : []),
+    ...(data.executes ? [number("Executed", of("total", (c) => some(c[EXECUTED])), (v) => quantity(v, "FLOP"))] : []),
     ...(data.timed ? [number("Speed", of("total", rate), (v) => quantity(v, "FLOP/s"))] : []),
     number("Traffic", of("total", (c) => some(c[BYTES])), (v) => quantity(v, "B")),
     number("Ops a byte", of("total", intensity), (v) => quantity(v)),
@@ -212,7 +208,7 @@ const operatorTable = new Table("operator", "Operator", [
   ...(operatorsTimed ? timeColumns : []),
   number("Calls", at(1), counted),
   number("Operations", (row) => some(at(2)(row)), (v) => quantity(v, "FLOP")),
-  ...(executes ? [number("Executed", (row) => some(at(3)(row)), (v) => quantity(v, "FLOP"))] : []),
+  ...(data.executes ? [number("Executed", (row) => some(at(3)(row)), (v) => quantity(v, "FLOP"))] : []),
   number("MACs", (row) => some(at(4)(row)), (v) => quantity(v)),
   number("Traffic", (row) => some(at(5)(row)), (v) => quantity(v, "B")),
 ], plainView(data.operators));
