@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import zip_longest
 
@@ -11,7 +12,9 @@ from wcwidth import wcswidth, wcwidth
 WIDTH = 100
 _GAP = 2
 _ELLIPSIS = "..."
-_HARD = "\u00a0"
+#: Stands for a space while tabulate draws, which takes spaces off; no text has it, as it is not for printing.
+_HARD = "\ue000"
+_BRANCHES = re.compile(r"[│├└─ ]*")
 
 
 def display_width(text: str) -> int:
@@ -26,14 +29,19 @@ def one_line(text: str) -> str:
 
 
 def elide(text: str, width: int) -> str:
-    """At most ``width`` columns: the middle goes, as beginnings and ends tell names apart."""
+    """At most ``width`` columns: the middle goes, as beginnings and ends tell names apart. Branches of a tree that
+    stand before the name stay, where there is room."""
     line = one_line(text)
     if display_width(line) <= width:
         return line
-    room = max(width - len(_ELLIPSIS), 0)
+    branches = _BRANCHES.match(line)
+    kept = branches.group() if branches and len(branches.group()) < width // 2 else ""
+    line, room = line[len(kept) :], width - len(kept) - len(_ELLIPSIS)
+    if room <= 0:
+        return _cut(kept + line, max(width, 0))
     head = _cut(line, room // 2)
     tail = _cut(line[::-1], room - display_width(head))[::-1]
-    return (head + _ELLIPSIS + tail)[: max(width, 0)] if width < len(_ELLIPSIS) else head + _ELLIPSIS + tail
+    return kept + head + _ELLIPSIS + tail
 
 
 def _cut(text: str, width: int) -> str:
@@ -71,7 +79,6 @@ def grid(headers: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequence[
     cells = [[elide(cell, width) for cell, width in zip(row, widths, strict=True)] for row in rows]
     # Headings are rows of our own: tabulate would make their columns two wider than they are.
     above = [list(line) for line in zip_longest(*(header.split("\n") for header in headers), fillvalue="")]
-    # A space that cannot break keeps tabulate from taking off the indentation of a tree.
     lines = [[cell.replace(" ", _HARD) for cell in row] for row in [*above, ["-" * width for width in widths], *cells]]
     align = ["left" if at in texts else "right" for at in range(len(headers))]
     drawn = tabulate(lines, tablefmt="plain", colalign=align, disable_numparse=True)

@@ -57,6 +57,7 @@ class _Line(NamedTuple):
     """A line of a tree: a row, or what lies outside of modules."""
 
     label: str
+    kind: str
     of: Callable[[Phase | None], Judgement]
     modules: tuple[ModuleCounts, ...] = ()
 
@@ -71,7 +72,7 @@ def _lines(judged: Judged, folded: bool, depth: int) -> list[_Line]:
         def of(phase: Phase | None) -> Judgement:
             return sum((judged.total(module.name, phase) for module in row.modules), Judgement())
 
-        return _Line(f"{row.label}: {row.kind}", of, row.modules)
+        return _Line(row.label, row.kind, of, row.modules)
 
     lines = [line(row) for row in rows(judged.report.counts.root, folded, depth)]
     # Outside of modules: the root's own work.
@@ -84,13 +85,16 @@ def _lines(judged: Judged, folded: bool, depth: int) -> list[_Line]:
     def step(phase: Phase | None) -> Judgement:
         return judged.own("", "step") if phase in (None, "step") else Judgement()
 
-    extra = [_Line(BETWEEN, between), _Line(STEP, step)]
+    extra = [_Line(BETWEEN, "", between), _Line(STEP, "", step)]
     return lines + [line for line in extra if line.of(None) != Judgement()]
 
 
 def work(judged: Judged, folded: bool, depth: int) -> str:
     """The tree with what its modules did: each with all below it."""
-    lines = _lines(judged, folded, depth)
+    lines = [
+        line._replace(label=f"{line.label}: {line.kind}") if line.modules else line
+        for line in _lines(judged, folded, depth)
+    ]
     backward = "backward" in judged.phases
     columns: list[tuple[str, Callable[[_Line], str]]] = [
         ("params", lambda line: _sum(line, lambda module: module.total_parameters)),
@@ -126,7 +130,7 @@ def times(judged: Judged, folded: bool, depth: int) -> str:
     lines = _lines(judged, folded, depth)
     if judged.communication.calls:
         communication = Judgement(Work(), judged.communication)
-        lines.append(_Line("(communication)", lambda phase: communication if phase is None else Judgement()))
+        lines.append(_Line("(communication)", "", lambda phase: communication if phase is None else Judgement()))
     whole = timing.step_seconds
     shown = [phase for phase in judged.phases if phase != "step"]
     columns: list[tuple[str, Callable[[_Line], str]]] = []
@@ -148,4 +152,6 @@ def times(judged: Judged, folded: bool, depth: int) -> str:
 
 def _table(lines: Sequence[_Line], columns: Sequence[tuple[str, Callable[[_Line], str]]]) -> str:
     table = [[line.label, *(write(line) for _, write in columns)] for line in lines]
+    # Outside of modules there is a line only where there is something.
+    table = [row for row, line in zip(table, lines, strict=True) if line.modules or set(row[1:]) != {NOTHING}]
     return grid(["module", *(name for name, _ in columns)], table)

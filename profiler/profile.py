@@ -128,6 +128,11 @@ class Profiler:
         finally:
             self._now = None
 
+    @property
+    def mode(self) -> Mode:
+        """``training`` if a backward pass was counted, else ``call``."""
+        return "training" if self._counts and self._counts.total("backward").operators else "call"
+
     def report(
         self,
         workload: Workload | None = None,
@@ -140,7 +145,8 @@ class Profiler:
         """What was found.
 
         Args:
-            workload: what a step does. None: a call in the precision that most of the model's parameters have.
+            workload: what a step does. None: training if there was a backward pass, else a call, in the precision
+                that most of the model's parameters have.
             limits: the device's, "auto" to look them up or measure them; None not to judge.
             name: None: the model's class.
 
@@ -153,7 +159,8 @@ class Profiler:
         if limits == "auto":
             limits = ceilings(self._device) if timed else None
         if workload is None:
-            workload = Workload(precision=_precision(self._model, limits))
+            precision, limits, why = _precision(self._model, limits)
+            workload, notes = Workload(self.mode, precision), (*notes, *why)
         return Report(
             name=name or (type(self._model).__name__ if self._model is not None else "step"),
             workload=workload,
@@ -172,7 +179,7 @@ def profile(
     step: Callable[[], object],
     model: nn.Module | None = None,
     *,
-    mode: Mode = "call",
+    mode: Mode | None = None,
     precision: str | None = None,
     samples: int | None = None,
     tokens: int | None = None,
@@ -189,27 +196,30 @@ def profile(
         step: forward, or forward, backward and optimizer, of any number of micro-batches. What it changes (weights,
             gradients, random numbers) it changes each time: it runs ``2 + warm_up + 2 * repeats`` times, and for two
             more seconds where energy is measured.
-        mode, samples, tokens: as ``Workload`` has them, of one step.
+        mode: as ``Workload`` has it. None: training if there is a backward pass, else a call.
         precision: whose peak the products are held against. None: that of most parameters; say it under autocast.
+        samples, tokens: of one step.
         model, device, warm_up, repeats, events: as for ``Profiler``.
         energy: measure it, where NVML can.
         limits: as for ``Profiler.report``.
 
     Raises:
-        ProfilerError: as for ``Profiler`` and its methods.
+        ProfilerError: as for ``Profiler`` and its methods; the device has no peak in ``precision``.
     """
     profiler = Profiler(model, device=device, warm_up=warm_up, repeats=repeats, events=events)
-    chosen = limits
-    if chosen == "auto":
-        chosen = ceilings(_device(model, device)) if repeats else None
-    workload = Workload(mode, precision or _precision(model, chosen), samples, tokens)
-    if chosen is not None:
-        chosen.peak(workload.precision)  # raises before anything has run
+    if limits == "auto":
+        limits = ceilings(_device(model, device)) if repeats else None
+    notes: tuple[str, ...] = ()
+    if precision is None:
+        precision, limits, notes = _precision(model, limits)
+    if limits is not None:
+        limits.peak(precision)  # raises before anything has run
     while not profiler.done:
         with profiler.step():
             step()
     joules = energy_of(step, _device(model, device)) if energy and repeats else None
-    return profiler.report(workload, limits=chosen, energy=joules)
+    workload = Workload(mode or profiler.mode, precision, samples, tokens)
+    return profiler.report(workload, limits=limits, energy=joules, notes=notes)
 
 
 def _device(model: nn.Module | None, device: torch.device | str | None) -> torch.device:
@@ -219,15 +229,22 @@ def _device(model: nn.Module | None, device: torch.device | str | None) -> torch
     return torch.device("cpu") if parameter is None else parameter.device
 
 
-def _precision(model: nn.Module | None, limits: Ceilings | None) -> str:
-    """That of most elements of floating point parameters; fp32 where torch multiplies such in TF32 is "tf32"."""
+def _precision(model: nn.Module | None, limits: Ceilings | None) -> tuple[str, Ceilings | None, tuple[str, ...]]:
+    """That of most elements of the parameters, "tf32" where torch multiplies fp32 so; no limits, and a note why, where
+    they have none for it."""
     sizes: Tally[torch.dtype] = Tally()
     for parameter in model.parameters() if model is not None else ():
-        sizes[parameter.dtype] += parameter.numel()
-    known = [name for dtype, _ in sizes.most_common() if (name := _NAMES.get(dtype))]
-    name = known[0] if known else "fp32"
-    loose = torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if name == "fp32" and loose and limits is not None and "tf32" in limits.flops else name
+        if parameter.is_floating_point():
+            sizes[parameter.dtype] += parameter.numel()
+    most = max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+    name = _NAMES.get(most, str(most).removeprefix("torch."))
+    if limits is None:
+        return name, None, ()
+    if name == "fp32" and "tf32" in limits.flops and torch.get_float32_matmul_precision() != "highest":
+        name = "tf32"
+    if name in limits.flops:
+        return name, limits, ()
+    return name, None, (f"not judged: there is no ceiling for {name} of {limits.device}",)
 
 
 def _machine(device: torch.device) -> dict[str, str]:
