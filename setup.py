@@ -27,7 +27,7 @@ INSTALL_REQUIRES = [
 GGUF = ["gguf>=0.10", "accelerate>=1.0"]
 REPORT = [
     "matplotlib>=3.8",  # charts of `slipstream bench`
-    "plotly>=6.0",  # figures of the profiler's page
+    "plotly>=6.5",  # figures of the profiler's page
     "jinja2>=3.1",
 ]
 DATA = ["pyarrow>=17"]  # training data in Parquet files
