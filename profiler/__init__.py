@@ -7,16 +7,23 @@ from ops.costs import Cost, register_cost
 from profiler.counter import Counter, count
 from profiler.counts import PHASES, Counts, ModuleCounts, Phase, Work
 from profiler.errors import ProfilerError
+from profiler.timer import Timer, timed
+from profiler.times import Event, Spent, Timing
 
 __all__ = [
     "PHASES",
     "Cost",
     "Counter",
     "Counts",
+    "Event",
     "ModuleCounts",
     "Phase",
     "ProfilerError",
+    "Spent",
+    "Timer",
+    "Timing",
     "Work",
     "count",
     "register_cost",
+    "timed",
 ]

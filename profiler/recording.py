@@ -69,13 +69,14 @@ def recording(device: torch.device) -> Iterator[list[Record]]:
     # Shapes, stacks and memory stay off: each costs more than all the rest.
     with _quiet(), profile(use_kineto=True, use_device="cuda" if device.type == "cuda" else None) as found:
         yield records
-    assert found.kineto_results is not None
-    raw = found.kineto_results.events()
-    records += sorted((record for event in raw if (record := _record(event, device))), key=_order)
+    records += records_of(found, device)
 
 
-def _order(record: Record) -> tuple[int, int]:
-    return record.start, -record.end
+def records_of(found: profile, device: torch.device) -> list[Record]:
+    """What a profiler that has been left recorded of the host and of one device, by begin, outer before inner."""
+    assert found.kineto_results is not None, "it has not been left"
+    records = [record for event in found.kineto_results.events() if (record := _record(event, device))]
+    return sorted(records, key=lambda record: (record.start, -record.end))
 
 
 @contextmanager
