@@ -268,10 +268,10 @@ def _operator(name: str) -> str | None:
     namespace, _, rest = name.partition("::")
     if not rest or "::" in rest:
         return None
-    schemas = torch._C._jit_get_schemas_for_operator(name)
-    overloads = [f"{name}.{schema.overload_name}".removesuffix(".") for schema in schemas]
-    known = [overload for overload in overloads if torch._C._dispatch_has_kernel(overload)]  # by the dispatcher
+    variants = [schema.overload_name for schema in torch._C._jit_get_schemas_for_operator(name)]
+    full = [f"{name}.{variant}".removesuffix(".") for variant in variants if not variant.endswith("out")]
+    known = [variant for variant in full if torch._C._dispatch_has_kernel(variant)]  # to the dispatcher
     composite = torch._C._dispatch_has_kernel_for_dispatch_key
-    if not known or any(composite(overload, "CompositeImplicitAutograd") for overload in known):
-        return None
-    return f"{namespace}.{rest}"
+    # Where some variants only call others, those have the same name.
+    only_calls = all(composite(variant, "CompositeImplicitAutograd") for variant in known)
+    return None if only_calls else f"{namespace}.{rest}"
