@@ -15,11 +15,13 @@ from torch.autograd.profiler import profile
 
 from profiler.errors import ProfilerError
 
-Kind = Literal["host", "launch", "kernel", "copy"]
-"""``host``: an operator, a node of autograd or a range, in some thread; ``launch``: a call of the CUDA runtime;
-``kernel`` and ``copy`` (memory moved or set): what the GPU did."""
+Kind = Literal["host", "collective", "launch", "kernel", "copy"]
+"""``host``: an operator, a node of autograd or a range, in some thread; ``collective``: one between CPUs, from its call
+to its end, in the background; ``launch``: a call of the CUDA runtime; ``kernel`` and ``copy`` (memory moved or set):
+what the GPU did."""
 
 _RUNTIME = re.compile(r"cu(da)?[A-Z]")
+_COLLECTIVE = re.compile(r"(gloo|mpi|ucc):")
 _COPY = re.compile(r"Mem(cpy|set)\b")
 #: Numbers of threads that torch gives out are small; what has none carries 0 or the largest number of 64 bits.
 _NO_THREAD = 1 << 32
@@ -103,7 +105,7 @@ def _record(event: Any, device: torch.device) -> Record | None:
     thread = event.start_thread_id()
     if 0 < thread < _NO_THREAD:
         if event.is_async():  # does not lie within what surrounds it
-            return None
+            return Record(name, "collective", start, end, row) if _COLLECTIVE.match(name) else None
         sequence, forward = event.sequence_nr(), event.fwd_thread_id()
         backward = event.scope() == _BACKWARD
         return Record(name, "host", start, end, row, correlation, 0, sequence, thread, forward, backward)

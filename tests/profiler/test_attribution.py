@@ -135,6 +135,25 @@ def test_collectives_of_a_cpu_are_communication():
     assert seconds(found.modules[""]["forward"]) == {"between operators": 500}
 
 
+def test_waiting_for_a_collective_between_cpus_is_communication():
+    """Where nothing is computed meanwhile; two that overlap are waited for once."""
+    found = attributed(
+        STEPS,
+        module(0, 0, 500, 2),
+        host("aten::mm", 100, 300, 3),
+        Record("gloo:all_reduce", "collective", 90, 350, 300),
+        Record("gloo:broadcast", "collective", 340, 360, 301),
+        Record("gloo:all_reduce", "collective", 900, 2000, 301),
+        clock="host",
+    )
+    assert found.communication == {
+        "gloo:all_reduce": Spent(pytest.approx(160e-9), 2),
+        "gloo:broadcast": Spent(pytest.approx(10e-9), 1),
+    }
+    assert seconds(found.modules["top"]["forward"]) == {"between operators": 230, "aten.mm": 200}
+    assert seconds(found.modules[""]["forward"]) == {"between operators": 400}
+
+
 def test_a_rehearsal_tells_what_a_graph_does_not():
     names = ["norm", "gemm", "norm", "gemm", "head"]
     modules = ["first", "first", "last", "last", ""]
