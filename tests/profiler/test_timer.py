@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.profiler import profile
@@ -236,6 +237,17 @@ def test_against_torch_on_the_same_trace():
         row = theirs[f"aten::{name}"]
         assert operators[f"aten.{name}"] == [pytest.approx(row.cpu_time_total / 1e6, abs=1e-8), row.count], name
     assert ours.seconds == pytest.approx(theirs[STEP].cpu_time_total / 1e6)
+
+
+def test_collectives_are_apart():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        found = measured(lambda: dist.all_reduce(torch.ones(1 << 20)))
+    finally:
+        dist.destroy_process_group()
+    assert found.communication["c10d.allreduce_"].calls == found.communication["gloo:all_reduce"].calls == 1
+    assert "c10d.allreduce_" not in found.modules[""]["forward"]
+    assert found.busy_seconds == pytest.approx(found.step_seconds, rel=1e-9)
 
 
 # ---- steps ----
