@@ -12,7 +12,7 @@ from profiler.model_profile import get_model_profile
 from profiler.profile import Profiler, profile
 from profiler.report import Energy, Report, Workload
 from profiler.timer import Timer, timed
-from profiler.times import Spent, Timing
+from profiler.times import Event, Spent, Timing
 
 __all__ = [
     "PHASES",
@@ -20,6 +20,7 @@ __all__ = [
     "Counter",
     "Counts",
     "Energy",
+    "Event",
     "Judged",
     "Judgement",
     "ModuleCounts",

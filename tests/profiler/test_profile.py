@@ -217,7 +217,8 @@ def test_the_same_by_shape_by_args_and_by_kwargs():
 
 
 def test_the_profile_is_printed_or_written(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("profiler.profiling.ceilings", lambda device: LIMITS)
+    # As an attribute of the package ``profile`` is the function.
+    monkeypatch.setattr(importlib.import_module("profiler.profile"), "ceilings", lambda device: LIMITS)
     get_model_profile(net(), (4, 16), top_modules=2, module_depth=1)
     printed = capsys.readouterr().out
     assert printed.startswith("Profile of Sequential\n")
