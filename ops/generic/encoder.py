@@ -19,12 +19,12 @@ from ops.plan import Launch, StepInputs, StepState, run_launches
 from ops.spec import LearnedPositions, ModelSpec
 from ops.weights import ModelWeights
 
-#: The most tokens and sequences of a step; beyond, launching one by one keeps the GPU as busy.
-TOKENS = 4096
+#: The most tokens and sequences of a step: 16 of BERT's longest. Beyond, launching one by one keeps the GPU as busy.
+TOKENS = 8192
 SEQUENCES = 128
-#: Elements of one layer's results that graphs may keep room for: larger models get graphs for fewer tokens, which keep
-#: the GPU as busy.
-ROOM = 1 << 26
+#: Elements of one layer's results that graphs may keep room for, enough for TOKENS of BERT-large: larger models get
+#: graphs for fewer tokens, which keep the GPU as busy.
+ROOM = 160 << 20
 #: The key of ``StepInputs.memo`` under which the launches look for the starts on the device.
 STARTS = "starts"
 

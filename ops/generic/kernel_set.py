@@ -32,7 +32,7 @@ class GenericKernels:
 
     The launch that adds bias and residual also computes the norm that the next macro-op reads, and leaves it in
     ``Stream.memo``: it stands behind the reduce, and has whole rows at hand. Serves steps of any size; whole sequences
-    of up to 4096 tokens in all are one CUDA graph.
+    of up to 8192 tokens in all are one CUDA graph.
     """
 
     name = "generic"

@@ -114,7 +114,8 @@ def compile_kernel(text: str) -> Any:
         import cupy
 
         path = machine_code(text)
-        kernel = cupy.RawModule(path=str(path)).get_function("persistent_encoder")
+        module = cupy.RawModule(path=str(path), enable_cooperative_groups=True)
+        kernel = module.get_function("persistent_encoder")
         kernel.max_dynamic_shared_size_bytes = SHARED_LIMIT
     # CuPy's errors of the driver and of NVRTC are RuntimeErrors, and what it raises where a library is missing.
     except (RuntimeError, ImportError, OSError) as error:

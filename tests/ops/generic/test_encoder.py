@@ -246,7 +246,7 @@ def test_tensors_that_no_launch_takes_are_refused(device: str) -> None:
         plan.run(replace(inputs, token_types=inputs.token_ids[:13]))
     with pytest.raises(KernelError, match=r"embed: ids is torch\.int64 on .* with strides \(2,\), wanted contiguous"):
         plan.run(replace(inputs, token_ids=inputs.token_ids.repeat_interleave(2)[::2]))
-    with pytest.raises(KernelError, match=r"takes 1 to 4096 tokens of up to 128 sequences, got \(7, 1, 6\)"):
+    with pytest.raises(KernelError, match=r"takes 1 to 8192 tokens of up to 128 sequences, got \(7, 1, 6\)"):
         plan.run(replace(inputs, token_ids=inputs.token_ids[:13]))
 
 
@@ -286,15 +286,17 @@ def test_several_processes_and_steps_over_a_cache_are_walked() -> None:
 
 
 def test_what_graphs_are_captured_for() -> None:
-    assert limits(BERT) == encoder_graph.Limits(4096, 128, 40)
+    assert limits(BERT) == encoder_graph.Limits(8192, 128, 40)
     assert limits(replace(BERT, positions=LearnedPositions(514, 2))).longest == 512
-    assert limits(replace(BERT, positions=ROTARY)).longest == 4096
+    assert limits(replace(BERT, positions=ROTARY)).longest == 8192
     large = limits(replace(BERT, hidden=4096, heads=32, kv_heads=32, head_dim=128, ffn=11008, gated=True))
-    assert large.tokens == 768, "a layer of Llama-2-7B keeps a GPU busy with that many"
+    assert large.tokens == 2048, "a layer of Llama-2-7B keeps a GPU busy with that many"
+    bert_large = replace(BERT, hidden=1024, heads=16, kv_heads=16, head_dim=64, ffn=4096)
+    assert limits(bert_large).tokens == 8192
     assert [token_bucket(n) for n in (1, 16, 17, 128, 129, 384, 385, 1024, 1025, 4096)] == [
         16, 16, 32, 128, 192, 384, 448, 1024, 1280, 4096,
     ]  # fmt: skip
-    assert all(token_bucket(n) == n for n in range(256, 4097, 256)), "limits are buckets"
+    assert all(token_bucket(n) == n for n in range(256, 8193, 256)), "limits are buckets"
     assert Place.of((7, 1, 6), True) == Place(16, 4, 16, True)
     assert Place.of((130,), False) == Place(192, 1, 192, False)
     assert Place.of((65, 300, 2), False) == Place(384, 4, 384, False)
