@@ -150,15 +150,21 @@ class ModuleTree:
 
     def enter_region(self, name: str, kind: str, parameters: Parameters) -> Place:
         """A part of a model that is no module begins: ``name`` is its dotted path below what runs now. What it says of
-        its parameters counts the first time. ``leave_region`` takes what is returned."""
+        its parameters counts once, above or below. ``leave_region`` takes what is returned."""
         place = self.current
         for part in name.split("."):
             found = next((child for child in place.children if child.path[-1] == part and child.region), None)
             place = found or self._add_region(place, part)
         if not place.calls:
-            place.kind, place.parameters, place.parameter_bytes = kind, parameters.elements, parameters.bytes
+            place.kind = kind
+            if not any(other.parameters for other in [*self._above(place), *_walk(place)]):
+                place.parameters, place.parameter_bytes = parameters
         self._push(place, place)
         return place
+
+    def _above(self, place: Place) -> list[Place]:
+        """The places that contain it."""
+        return [one for one in _walk(self.root) if one.path == place.path[: len(one.path)] and one is not place]
 
     def leave_region(self, place: Place) -> None:
         """The region has ended, well or not."""
