@@ -14,6 +14,10 @@ Clock = Literal["device", "host"]
 EventKind = Literal["module", "operator", "kernel", "copy", "communication"]
 
 
+BETWEEN_OPERATORS = "between operators"
+"""On the host's clock, the name under which a module spends what it spends in no operator: Python, autograd."""
+
+
 @dataclass(frozen=True, slots=True)
 class Spent:
     """Time of calls; they add up."""
@@ -46,14 +50,14 @@ class Event:
 class Timing:
     """One step's time, the median of several, and whose it is.
 
-    ``busy_seconds`` of all modules and ``idle_seconds`` add up to ``step_seconds``, but for kernels that ran at the same
-    time on several streams.
+    ``busy_seconds`` and ``idle_seconds`` add up to ``step_seconds``, but for kernels that ran at the same time on
+    several streams: each of them counts in full.
     """
 
     clock: Clock
     #: Own time, without that of modules below: by module's name as in ``Counts`` ("" between modules), phase, and
     #: kernel (operator on a CPU). Communication is not in here.
-    modules: Mapping[str, Mapping[str, Mapping[str, Spent]]]
+    modules: Mapping[str, Mapping[Phase, Mapping[str, Spent]]]
     #: Collectives by name of the kernel or the operation.
     communication: Mapping[str, Spent] = field(default_factory=dict)
     #: From the step's begin to its end on the device, while it was being timed.
