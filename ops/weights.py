@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from ops.costs import Parameters
+from ops.costs import Parameters, Weight
 from ops.quantization.tensor import QuantizedTensor
 from ops.spec import ModelSpec
 
@@ -146,12 +146,12 @@ class ModelWeights:
 
 
 def parameters(*parts: Linear | Norm | Tensor | None) -> Parameters:
-    """Elements of weights and biases, and the bytes they lie in as they are packed."""
+    """Weights and biases as they are packed."""
     known = []
     for part in parts:
         both = (part.weight, part.bias) if isinstance(part, Linear | Norm) else (part,)
         known += [weight for weight in both if weight is not None]
-    return Parameters(sum(math.prod(weight.shape) for weight in known), sum(weight.nbytes for weight in known))
+    return tuple(Weight(id(weight), math.prod(weight.shape), weight.nbytes) for weight in known)
 
 
 def model_parameters(spec: ModelSpec, weights: ModelWeights) -> dict[str, Parameters]:
@@ -164,7 +164,7 @@ def model_parameters(spec: ModelSpec, weights: ModelWeights) -> dict[str, Parame
         at, attn_norm, ffn_norm = f"layers.{index}", layer.attn_norm, layer.ffn_norm
         found |= {
             f"{at}.qkv": parameters(attn_norm if pre else None, layer.qkv, layer.q_norm, layer.k_norm),
-            f"{at}.attend": Parameters(),
+            f"{at}.attend": (),
             f"{at}.attention_out": parameters(layer.out, None if pre else attn_norm),
             f"{at}.ffn_up": parameters(ffn_norm if pre else None, layer.up),
             f"{at}.ffn_down": parameters(layer.down, None if pre else ffn_norm),

@@ -90,12 +90,17 @@ class Profiler:
         if not self._plan:
             yield
             return
-        what = "counting" if self._plan[0] == self._counted else "timing"
+        what = "counting" if self.counting else "timing"
         start = time.perf_counter()
         with self._plan[0]():
             yield
         self._seconds[what] += time.perf_counter() - start
         self._plan.popleft()
+
+    @property
+    def counting(self) -> bool:
+        """Whether the step to come, or the one that runs, is the one that is counted."""
+        return bool(self._plan) and self._plan[0] == self._counted
 
     @property
     def done(self) -> bool:

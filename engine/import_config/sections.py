@@ -279,7 +279,8 @@ def _sections() -> tuple[Callable[[Draft], Any], ...]:
     from engine.import_config.optimizer import optimizer, scheduler
 
     return (
-        batch, precision, clipping, optimizer, scheduler, parallelism, activations, layer_drop, flops_profiler, logs, inference,
+        batch, precision, clipping, optimizer, scheduler, parallelism, activations, layer_drop, flops_profiler, logs,
+        inference,
     )  # fmt: skip
 
 

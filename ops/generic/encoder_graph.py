@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ops.costs import Parameters, observed, region
+from ops.costs import observed, region
 from ops.errors import IdError, KernelError
 from ops.generic.launch import assert_indices, power_of_two
 from ops.macro_ops import MacroOps
@@ -316,7 +316,7 @@ def graph_plan(graphs: EncoderGraphs, ops: MacroOps, fallback: StepPlan) -> Step
     ``ops`` computes the heads that are not part of the graphs.
     """
 
-    held = model_parameters(graphs.spec, graphs.weights).get("head", Parameters())
+    held = model_parameters(graphs.spec, graphs.weights).get("head", ())
 
     def run(state: StepState) -> None:
         inputs = state.inputs

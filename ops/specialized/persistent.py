@@ -26,7 +26,7 @@ from ops.spec import Activation, ALiBiPositions, LearnedPositions, ModelSpec, Ro
 from ops.specialized.addresses import address, linear_parts, norm_parts
 from ops.specialized.streams import current_stream
 from ops.step_costs import decode_cost
-from ops.weights import LayerWeights, ModelWeights, model_parameters, parameters
+from ops.weights import LayerWeights, ModelWeights, model_parameters
 
 log = logging.getLogger("slipstream.kernels")
 
@@ -296,11 +296,12 @@ class PersistentDecoder:
         self._nothing = torch.zeros(1, state.rows, dtype=torch.int64, device=device)
         self._buffers = _exchange(spec, state.rows, self.blocks, device)
         constants = _constants(spec, device)
-        head, held = weights.head, model_parameters(spec, weights)
-        assert head is not None
-        #: Of what each step reads whole.
-        self.weight_bytes = sum(one.bytes for name, one in held.items() if name not in ("embed", "head"))
-        self.weight_bytes += parameters(head.out).bytes
+        held = model_parameters(spec, weights)
+        self._parameters = tuple(one for part in held.values() for one in part)
+        #: Of what each step reads whole: all but the tables of the input.
+        self.weight_bytes = sum(one.bytes for name, part in held.items() if name != "embed" for one in part)
+        if spec.head is not None and spec.head.tied:
+            self.weight_bytes += weights.embed.token.nbytes
         self._kept = (weights, constants)  # the table holds their addresses
         chosen = _table(spec, weights, state, self._buffers, constants, None)
         full = _table(spec, weights, state, self._buffers, constants, self._logits)
@@ -308,14 +309,14 @@ class PersistentDecoder:
 
     def logits(self, longest: int) -> Tensor:
         """One step: [rows, vocabulary] fp32. Any context that the block table holds is served."""
-        with region("decode", "decode"):
+        with region("step", "step", self._parameters):
             self._launch(self._nothing, greedy=False)
         return self._logits
 
     def greedy(self, out: Tensor) -> bool:
         """``len(out)`` steps in one launch."""
         if out.shape[0]:
-            with region("decode", "decode"):
+            with region("step", "step", self._parameters):
                 self._launch(out, greedy=True)
         return True
 

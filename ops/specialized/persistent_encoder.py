@@ -205,7 +205,9 @@ class Compiled:
 def _layers_cost(result: None, forward: PersistentForward) -> Cost:
     lengths = [int(length) for length in forward.buffers.starts.diff().tolist()]
     itemsize = forward.room.result.element_size()
-    return encoder_layers_cost(forward.spec, forward.place.rows, lengths, forward.layer_parameters.bytes, itemsize)
+    return encoder_layers_cost(
+        forward.spec, forward.place.rows, lengths, sum(one.bytes for one in forward.layer_parameters), itemsize
+    )
 
 
 class PersistentForward:
@@ -221,8 +223,7 @@ class PersistentForward:
     @property
     def layer_parameters(self) -> Parameters:
         """Of all layers, which the kernel computes in one launch."""
-        inside = [held for name, held in self._parameters.items() if name.startswith("layers.")]
-        return Parameters(sum(held.elements for held in inside), sum(held.bytes for held in inside))
+        return tuple(one for name, held in self._parameters.items() if name.startswith("layers.") for one in held)
 
     def __call__(self) -> Tensor:
         """The hidden states behind the last norm [rows, hidden], in a buffer that the next call overwrites."""

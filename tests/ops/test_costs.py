@@ -86,9 +86,13 @@ def test_regions_are_heard_also_where_what_runs_inside_raises():
         assert not costs.observed()
     with costs.hearing(ears):
         assert costs.observed()
-        with pytest.raises(ValueError), costs.region("model", "lm"), costs.region("qkv", "qkv", costs.Parameters(3, 6)):
-            raise ValueError
-    assert ears.heard == [("model", "lm", (0, 0)), ("qkv", "qkv", (3, 6)), "left", "left"]
+        with (
+            pytest.raises(ValueError, match="on purpose"),
+            costs.region("model", "lm"),
+            costs.region("qkv", "qkv", (costs.Weight(1, 3, 6),)),
+        ):
+            raise ValueError("on purpose")
+    assert ears.heard == [("model", "lm", ()), ("qkv", "qkv", ((1, 3, 6),)), "left", "left"]
     assert not costs.observed()
 
 

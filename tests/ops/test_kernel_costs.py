@@ -75,7 +75,8 @@ def counted(kernels: KernelSet, one: ModelSpec, device: str, step: str) -> Count
 
 
 def parts(counts: Counts, one: ModelSpec) -> dict[str, Any]:
-    return {module.name: module.total() for module in counts.module(one.family).walk()}
+    """Work by part, without the name of the model and of the kind of step."""
+    return {module.name.removeprefix(f"{one.family}."): module.total() for module in counts.module(one.family).walk()}
 
 
 def extra(one: ModelSpec, step: str) -> int:
@@ -112,7 +113,7 @@ def test_what_masks_leave_is_executed(device: str) -> None:
     one = MODELS["Llama"]
     counts = counted(GenericKernels(), one, device, "prefill")
     for layer, seen in ((0, 1 + 2 + 3 + 4 + 4 * 5), (1, 36)):
-        work = counts.module(f"{one.family}.layers.{layer}.attend").total()
+        work = counts.module(f"{one.family}.prefill.layers.{layer}.attend").total()
         assert work.flops == 4 * one.q_size * 2 * 64
         assert work.executed_flops == 4 * one.q_size * 2 * seen
         cached, table = 2 * 16 * one.kv_size * 4, 2 * 3 * 4
@@ -192,5 +193,5 @@ def test_fused_tiles_count_what_the_walk_does(device: str, norms: Norms) -> None
     biases = 2 * one.layers * 16 * one.hidden
     assert ours.total().flops == wanted.total().flops - head - biases + again - (norms == "folded") * biases
     assert ours.root.total_parameters == one.parameters() - sum(
-        held.elements for name, held in model_parameters(one, weights).items() if name == "head"
+        held.elements for held in model_parameters(one, weights)["head"]
     )

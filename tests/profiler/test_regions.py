@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ops.costs import Parameters, priced, region
+from ops.costs import Weight, priced, region
 from profiler import Cost, Counter
 
 X = torch.ones(3)
@@ -57,28 +57,25 @@ def test_modules_within_regions_and_regions_within_modules():
     assert counts.module("Linear").total().macs == 9
 
 
-def test_parameters_count_once_above_or_below():
+def test_parameters_count_at_the_first_that_has_them():
+    one, other = Weight(1, 5, 10), Weight(2, 7, 28)
     with Counter() as counter:
         for _ in range(2):
-            with region("one", "model"), region("layers.0", "layer", Parameters(5, 10)):
+            with region("model", "lm"), region("prefill", "prefill"), region("layers.0", "layer", (one,)):
                 pass
-        with region("one", "model"), region("layers", "layers", Parameters(7, 14)):
-            pass
-        with region("two", "model"), region("layers", "layers", Parameters(7, 14)):
-            pass
-        with region("two", "model"), region("layers.0", "layer", Parameters(5, 10)):
+        with region("model", "lm"), region("decode", "decode", (one, other)):
             pass
     root = counter.counts().root
-    assert [(one.name, one.total_parameters, one.total_parameter_bytes) for one in root.children] == [
-        ("one", 5, 10),
-        ("two", 7, 14),
-    ]
+    assert {place.name: (place.parameters, place.parameter_bytes) for place in root.walk() if place.parameters} == {
+        "model.prefill.layers.0": (5, 10),
+        "model.decode": (7, 28),
+    }
 
 
 def test_after_an_exception_work_is_nobodys():
     with Counter() as counter:
-        with pytest.raises(ValueError), region("a", "a"), region("b", "b"):
-            raise ValueError
+        with pytest.raises(ValueError, match="on purpose"), region("a", "a"), region("b", "b"):
+            raise ValueError("on purpose")
         X + 1
     assert counter.counts().root.own_work().operators == 1
 
