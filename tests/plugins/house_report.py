@@ -44,9 +44,12 @@ def _lacks_namespaces() -> str | None:
 
 
 def _lacks_browser() -> str | None:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    found = any(shutil.which(name) for name in names)
-    return None if found else "no Chromium here (Debian: apt install chromium)"
+    found = shutil.which("chromium") and shutil.which("chromedriver")
+    return (
+        None
+        if found
+        else "no Chromium with its driver here (`make browser`, or on Debian: apt install chromium-driver)"
+    )
 
 
 # Marker -> why its tests cannot run on this machine, or None where they can.
