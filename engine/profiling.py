@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from config_schema.flops_profiler import FlopsProfiler
+from engine.build import DTYPES, Plan
 from profiler.ceilings import Ceilings, ceilings
+from profiler.profile import profile
 from profiler.report import Report
+
+_BUCKET = "sequences lie end to end in a bucket of rows; rows that fill it up are computed, and counted"
+#: What a reader must know where these operators are in a profile.
+_NOTES = {
+    "persistent_decode": "a decode step is one launch of the persistent kernel: one row, with the work of all layers",
+    "persistent_encoder": "all layers are one launch of the persistent kernel: one row, with the work of all of them",
+    "locate": _BUCKET,
+    "embed_sequences": _BUCKET,
+}
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """How a profile times: steps that pass by before, steps that are timed, whether it keeps a timeline."""
+
+    warm_up: int = 1
+    repeats: int = 3
+    events: bool = False
 
 
 def judged_by(device: torch.device, precision: str) -> tuple[str, Ceilings | None, tuple[str, ...]]:
@@ -42,4 +64,34 @@ def write(report: Report, settings: FlopsProfiler) -> tuple[Path, ...]:
         settings.module_depth,
         settings.top_modules,
         settings.detailed,
+    )
+
+
+def profile_inference(plan: Plan, step: Callable[[], object], how: Repeats, samples: int, tokens: int) -> Report:
+    """A profile of ``step``, which runs ``plan``'s model over so many sequences and tokens.
+
+    Raises:
+        ProfilerError: as for ``profiler.profile.profile``.
+    """
+    dtype = next(name for name, dtype in DTYPES.items() if dtype == plan.dtype)
+    precision, limits, notes = judged_by(plan.device, dtype)
+    report = profile(
+        step,
+        mode="inference",
+        precision=precision,
+        samples=samples,
+        tokens=tokens,
+        device=plan.device,
+        warm_up=how.warm_up,
+        repeats=how.repeats,
+        events=how.events,
+        limits=limits,
+    )
+    found = report.counts.root.operators()
+    said = dict.fromkeys(note for name, note in _NOTES.items() if name in found)
+    return replace(
+        report,
+        name=plan.family.name,
+        machine={**report.machine, "kernels": plan.kernels},
+        notes=(*report.notes, *notes, *said),
     )

@@ -14,11 +14,11 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from config_schema.flops_profiler import FlopsProfiler
 from engine.profiling import judged_by, write
 from engine.training.feature import Feature, Progress
+from engine.training.profile_batch import size_of
 from engine.training.ranks import Ranks
 from profiler.profile import Profiler
 from profiler.report import Report, Workload
@@ -27,6 +27,8 @@ log = logging.getLogger("slipstream.profiler")
 
 #: Steps that are timed in detail, and those that pass by before.
 REPEATS, WARM_UP = 3, 1
+#: All steps of a profile: one is counted, one rehearses, and each timed one has one beside it that is timed as a whole.
+WANTED = 2 + WARM_UP + 2 * REPEATS
 
 
 class ProfileStep(Feature):
@@ -48,6 +50,8 @@ class ProfileStep(Feature):
         knows. ``notes``: what a reader of the profile must know of this run."""
         self.settings, self.device, self.precision, self.notes = settings, device, precision, notes
         self.report: Report | None = None
+        #: Keep what a timeline needs.
+        self.events = "chrome_trace" in settings.formats
         self._ranks, self._length = ranks, length
         self._profiler: Profiler | None = None
         self._open: ExitStack | None = None
@@ -69,19 +73,15 @@ class ProfileStep(Feature):
         """As many steps as the run has left, up to all that are wanted: one is counted, one rehearses, and every
         repeat takes two."""
         length = self._length()
-        left = 2 + WARM_UP + 2 * REPEATS if length is None else length - progress.step
+        left = WANTED if length is None else length - progress.step
         repeats = max(min((left - 2 - WARM_UP) // 2, REPEATS), 0)
         log.info("profiling: step %d is counted, %d more are timed", progress.step + 1, repeats)
-        events = "chrome_trace" in self.settings.formats
-        return Profiler(progress.model, device=self.device, warm_up=WARM_UP, repeats=repeats, events=events)
+        return Profiler(progress.model, device=self.device, warm_up=WARM_UP, repeats=repeats, events=self.events)
 
     def _see(self, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Notes a micro-batch's rows, and its tokens where there are such."""
-        ids = kwargs.get("input_ids")
-        first = ids if ids is not None else next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-        if isinstance(first, Tensor) and first.dim():
-            self._rows += first.shape[0]
-            self._tokens += ids.numel() if isinstance(ids, Tensor) else 0
+        rows, tokens = size_of(kwargs or args)
+        self._rows, self._tokens = self._rows + rows, self._tokens + tokens
 
     def optimizer_step_start(self, progress: Progress) -> None:
         """Unscaling is over; clipping and the step follow."""
