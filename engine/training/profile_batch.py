@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from engine.profiling import Repeats, judged_by
+from engine.training.calls import size_of
 from engine.training.random_state import RandomState
 from engine.training.trainer import Trainer
 from profiler.profile import Profiler
@@ -53,15 +54,6 @@ def profile_batch(trainer: Trainer, batch: Any, how: Repeats) -> Report:
     )
     report = profiler.report(workload, limits=limits, notes=(*notes, NOTE))
     return replace(report, name=report.name.removeprefix("FSDP"))
-
-
-def size_of(batch: Any) -> tuple[int, int]:
-    """Rows and tokens of a micro-batch; 0 of what it does not tell."""
-    named = batch if isinstance(batch, Mapping) else {}
-    values = named.values() if named else batch if isinstance(batch, tuple | list) else [batch]
-    ids = named.get("input_ids")
-    first = ids if ids is not None else next((one for one in values if isinstance(one, Tensor) and one.dim()), None)
-    return (0 if first is None else first.shape[0]), (0 if ids is None else ids.numel())
 
 
 @contextmanager

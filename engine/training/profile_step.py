@@ -17,8 +17,8 @@ import torch
 
 from config_schema.flops_profiler import FlopsProfiler
 from engine.profiling import judged_by, write
+from engine.training.calls import size_of
 from engine.training.feature import Feature, Progress
-from engine.training.profile_batch import size_of
 from engine.training.ranks import Ranks
 from profiler.profile import Profiler
 from profiler.report import Report, Workload
