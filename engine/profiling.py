@@ -91,7 +91,7 @@ def profile_inference(plan: Plan, step: Callable[[], object], how: Repeats, samp
     said = dict.fromkeys(note for name, note in _NOTES.items() if name in found)
     return replace(
         report,
-        name=plan.family.name,
+        name=plan.spec.family,
         machine={**report.machine, "kernels": plan.kernels},
         notes=(*report.notes, *notes, *said),
     )
