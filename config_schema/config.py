@@ -14,6 +14,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from config_schema.data import Data
 from config_schema.embedding import Embedding
 from config_schema.environment import escaped
+from config_schema.flops_profiler import FlopsProfiler
 from config_schema.generation import Generation
 from config_schema.inference import Inference
 from config_schema.job import Job
@@ -72,6 +73,9 @@ class Config(Section):
 
     progressive_layer_drop: ProgressiveLayerDrop | None = Field(default=None, title="Progressive Layer Drop")
     """Leaves out residual blocks while training."""
+
+    flops_profiler: FlopsProfiler | None = Field(default=None, title="Flops Profiler")
+    """A profile of training: FLOPs, time and limits, module by module."""
 
     data: Data | None = Field(default=None, title="Data")
     """Files to train and to evaluate on."""

@@ -242,6 +242,32 @@ def _gradients_are_exchanged_so(config: Config) -> list[Problem]:
     return problems + [Problem("$.training.gradient_exchange", reason) for reason in reasons]
 
 
+def _profiles_are_written_somewhere(config: Config) -> list[Problem]:
+    profiler = config.flops_profiler
+    if profiler is None:
+        return []
+    problems = []
+    if len(set(profiler.formats)) < len(profiler.formats):
+        problems.append(Problem("$.flops_profiler.formats", "names a format twice; name each once"))
+    files = [name for name in profiler.formats if name != "table"]
+    if files and profiler.output_file is None:
+        problems.append(Problem("$.flops_profiler.output_file", f'missing: the format "{files[0]}" is a file; name it'))
+    return problems
+
+
+def _profiled_step_comes(config: Config) -> list[Problem]:
+    profiler, training = config.flops_profiler, config.training
+    if profiler is None or not profiler.enabled:
+        return []
+    if training is None:
+        reason = "has no effect without $.training: `slipstream profile` and engine.profile() need no switch; remove it"
+        return [Problem("$.flops_profiler.enabled", reason)]
+    if training.max_steps is None or profiler.profile_step < training.max_steps:
+        return []
+    reason = f"training ends behind step {training.max_steps} ($.training.max_steps): lower this below it"
+    return [Problem("$.flops_profiler.profile_step", f"{profiler.profile_step} is too late, {reason}")]
+
+
 RULES = (
     Rule(frozenset({"job", "model"}), _job_fits_task),
     Rule(frozenset({"job", "generation", "inference"}), _new_tokens_fit_budget),
@@ -265,6 +291,8 @@ RULES = (
     Rule(frozenset({"optimizer"}), _bounds_have_room),
     Rule(frozenset({"optimizer", "training"}), _compressed_gradients_stay_apart),
     Rule(frozenset({"optimizer", "training", "progressive_layer_drop", "precision"}), _gradients_are_exchanged_so),
+    Rule(frozenset({"flops_profiler"}), _profiles_are_written_somewhere),
+    Rule(frozenset({"flops_profiler", "training"}), _profiled_step_comes),
 )
 
 _TASK_OF_JOB: Mapping[str, str] = {

@@ -1,5 +1,5 @@
-"""The command line: ``slipstream run, validate, explain, verify, bench, import-config, schema, env``, or ``python -m
-engine``.
+"""The command line: ``slipstream run, validate, explain, verify, bench, profile, import-config, schema, env``, or
+``python -m engine``.
 
 Exit codes: 0 done; 1 a bug, or ``verify`` found a difference, or ``bench`` could measure nothing; 2 the user can put it
 right (a line for each problem, no traceback); 130 interrupted; 141 whoever read stdout went away. torch is imported by
@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from config_schema import SCHEMA_PATH, Config, SlipstreamError, load_config, schema_text
 from config_schema.job import Job
-from engine import __version__
+from engine import __version__, profile_options
 from engine.bench import options as bench_options
 from engine.import_config import console as import_console
 
@@ -75,6 +75,7 @@ examples:
 Runs the checkpoint here and in Hugging Face transformers, and compares.
 """,
     "bench": bench_options.EXAMPLES,
+    "profile": profile_options.EXAMPLES,
     "import-config": import_console.EXAMPLES,
     "schema": """\
 examples:
@@ -275,6 +276,12 @@ def _bench(options: argparse.Namespace) -> int:
     return bench(options)
 
 
+def _profile(options: argparse.Namespace) -> int:
+    from engine.profile_command import run
+
+    return run(options)
+
+
 def _schema(options: argparse.Namespace) -> int:
     print(SCHEMA_PATH if options.path else schema_text().rstrip("\n"))
     return 0
@@ -297,6 +304,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], int]]] = {
     "explain": ('print a config with every "auto" decided, and why', _explain),
     "verify": ("compare the outputs with Hugging Face's", _verify),
     "bench": ("measure speed beside the floor and beside peers", _bench),
+    "profile": ("say what a step costs, part by part, and how near the limits it is", _profile),
     "import-config": ("turn a config of DeepSpeed into one of slipstream", import_console.run),
     "schema": ("print the JSON Schema of the config", _schema),
     "env": ("say what is on this machine, and what is missing", _env),
@@ -348,6 +356,11 @@ def _takes_bench(parser: argparse.ArgumentParser) -> None:
     bench_options.add(parser)
 
 
+def _takes_profile(parser: argparse.ArgumentParser) -> None:
+    profile_options.add(parser)
+    _takes_set(parser)
+
+
 def _takes_path(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--path", action="store_true", help="print where the schema's file is")
 
@@ -362,6 +375,7 @@ OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "explain": _takes_config,
     "verify": _takes_config,
     "bench": _takes_bench,
+    "profile": _takes_profile,
     "import-config": import_console.add,
     "schema": _takes_path,
     "env": _takes_json,

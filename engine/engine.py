@@ -6,8 +6,8 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
-from typing import Any, Literal, overload
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from engine.inference.text import Message, Text
 from engine.training_engine import TrainingEngine
 from engine.verify import Verification, verify
 from ops.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from profiler.report import Report
 
 
 class Engine(TrainingEngine):
@@ -220,6 +223,41 @@ class Engine(TrainingEngine):
     def fill_mask(self, texts: Sequence[str], *, top_k: int = 5) -> list[list[list[tasks.Fill]]]:
         """The likeliest tokens of each mask of each text."""
         return tasks.fill_mask(self, texts, top_k)
+
+    def profile(
+        self,
+        batch: Any = None,
+        *,
+        prompt: Any = None,
+        attention_mask: Any = None,
+        token_type_ids: Any = None,
+        repeats: int = 3,
+        events: bool = False,
+        **options: Any,
+    ) -> Report:
+        """What a step costs and how far from the device's limits it runs, part by part; prints as tables.
+
+        While training, ``batch`` is that of a step as :meth:`train_batch` takes it: its forward and backward passes are
+        profiled, and the model is left exactly as it was. Else ``batch`` is what ``engine(batch)`` takes, with its
+        ``attention_mask`` and ``token_type_ids``; or ``prompt`` and ``options`` are what :meth:`generate` takes, and no
+        text ends before its ``max_new_tokens``. ``repeats``: steps that are timed, 0 to count alone; ``events``: keep
+        what a timeline needs. Raises :class:`profiler.ProfilerError` where it cannot be measured.
+        """
+        from engine.profiling import Repeats, profile_inference
+
+        how = Repeats(repeats=repeats, events=events)
+        if (batch is None) == (prompt is None):
+            raise EngineError("profile: give a batch or a prompt, one of the two")
+        if self._in_training and prompt is None:
+            return self._profile_training(batch, how)
+        if prompt is None:
+            beside = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
+            ids = rows_from(batch, self.text, **beside).ids
+            return profile_inference(self._plan, lambda: self(batch, **beside), how, len(ids), sum(map(len, ids)))
+        ids, options = self._prompts(prompt, None, attention_mask).ids, {"ignore_eos": True, **options}
+        new = len(ids) * self._sampling(options, None, max(map(len, ids))).max_new_tokens
+        step = partial(self.generate, ids, **options)
+        return profile_inference(self._plan, step, how, len(ids), sum(map(len, ids)) + new)
 
     def verify(self, batch: Any = None) -> Verification:
         """Compares this engine with Hugging Face's implementation of the same weights, on ``batch`` or a default

@@ -16,10 +16,12 @@ from engine.errors import EngineError
 from engine.inference.text import Text
 
 if TYPE_CHECKING:
+    from engine.profiling import Repeats
     from engine.training.fit import Summary
     from engine.training.loop import StepReport
     from engine.training.team import Team
     from engine.training.trainer import Trainer
+    from profiler.report import Report
 
 log = logging.getLogger("slipstream.training")
 
@@ -144,6 +146,14 @@ class TrainingEngine:
         trainer = self._trainer
         self._team.assert_here("step()")
         return trainer.loop.step()
+
+    def _profile_training(self, batch: Any, how: Repeats) -> Report:
+        """A profile of a step's forward and backward passes."""
+        from engine.training.profile_batch import profile_batch
+
+        trainer = self._trainer
+        self._team.assert_here("profile(batch)", '; or let the run profile itself: the section "flops_profiler"')
+        return profile_batch(trainer, batch, how)
 
     # ---- a whole run ----
 

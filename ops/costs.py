@@ -48,11 +48,16 @@ Listener = Callable[[str, CostFunction, Callable[..., Any], tuple[Any, ...], dic
 COSTS: dict[Operator, CostFunction] = {}
 
 
-class Parameters(NamedTuple):
-    """Of a region: how many elements its weights have, and the bytes they lie in."""
+class Weight(NamedTuple):
+    """A weight that a region reads: what tells it from others, its elements, and the bytes it lies in."""
 
-    elements: int = 0
-    bytes: int = 0
+    key: int
+    elements: int
+    bytes: int
+
+
+Parameters = tuple[Weight, ...]
+"""Of a region. A weight that several regions read counts at the first."""
 
 
 class RegionListener(Protocol):
@@ -128,7 +133,7 @@ def listening(listener: Listener) -> Iterator[None]:
         _listener = None
 
 
-def region(name: str, kind: str, parameters: Parameters = Parameters()) -> AbstractContextManager[None]:  # noqa: B008
+def region(name: str, kind: str, parameters: Parameters = ()) -> AbstractContextManager[None]:
     """What runs inside belongs to the part ``name`` of a model, a dotted path below the region around it. ``kind`` is
     what parts of several layers have in common. Nothing where nobody listens."""
     return _NOWHERE if _regions is None else _region(_regions, name, kind, parameters)

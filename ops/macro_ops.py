@@ -20,17 +20,7 @@ from torch import Tensor
 from ops.collective import Collective
 from ops.plan import Launch, StepInputs, StepState, Stream
 from ops.spec import ModelSpec
-from ops.weights import (
-    Embeddings,
-    HeadWeights,
-    LayerWeights,
-    ModelWeights,
-    Norm,
-    embedding_parameters,
-    head_parameters,
-    layer_parameters,
-    parameters,
-)
+from ops.weights import Embeddings, HeadWeights, LayerWeights, ModelWeights, Norm, model_parameters
 
 
 class MacroOps(Protocol):
@@ -96,26 +86,24 @@ def walk(spec: ModelSpec, weights: ModelWeights, ops: MacroOps, group: Collectiv
     # Pre-norm: a layer's norms stand before its halves, so each producer leaves the *next* norm pending.
     # Post-norm: they stand behind them, so each producer leaves its own.
     first = weights.layers[0].attn_norm if pre and weights.layers else weights.embed.norm
-    launches = [Launch("embed", _embed(spec, weights.embed, ops, first), embedding_parameters(weights.embed))]
+    runs = {"embed": _embed(spec, weights.embed, ops, first)}
     for index, layer in enumerate(weights.layers):
         last = index + 1 == len(weights.layers)
         following = weights.final_norm if last else weights.layers[index + 1].attn_norm
         after_attention = layer.ffn_norm if pre else layer.attn_norm
         after_ffn = following if pre else layer.ffn_norm
-        runs = {
-            "qkv": _qkv(spec, layer, index, ops),
-            "attend": _attend(spec, index, ops),
-            "attention_out": _attention_out(spec, layer, ops, after_attention, group),
-            "ffn_up": _ffn_up(spec, layer, ops),
-            "ffn_down": _ffn_down(spec, layer, ops, after_ffn, group),
+        runs |= {
+            f"layers.{index}.qkv": _qkv(spec, layer, index, ops),
+            f"layers.{index}.attend": _attend(spec, index, ops),
+            f"layers.{index}.attention_out": _attention_out(spec, layer, ops, after_attention, group),
+            f"layers.{index}.ffn_up": _ffn_up(spec, layer, ops),
+            f"layers.{index}.ffn_down": _ffn_down(spec, layer, ops, after_ffn, group),
         }
-        held = layer_parameters(layer, spec.placement)
-        launches += [Launch(f"layers.{index}.{name}", run, held[name]) for name, run in runs.items()]
-    launches.append(Launch("final", _final(spec, ops), parameters(weights.final_norm)))
+    runs["final"] = _final(spec, ops)
     if weights.head is not None:
-        held_by_head = head_parameters(weights.head, spec.head is not None and spec.head.tied)
-        launches.append(Launch("head", _head(spec, weights.head, ops), held_by_head))
-    return launches
+        runs["head"] = _head(spec, weights.head, ops)
+    held = model_parameters(spec, weights)
+    return [Launch(name, run, held[name]) for name, run in runs.items()]
 
 
 Run = Callable[[StepState], None]

@@ -112,7 +112,7 @@ class StepState:
 class Launch:
     """One entry of a plan: ``name`` is the module it belongs to (``layers.3.qkv``), ``run`` advances the state.
 
-    ``parameters`` are those that count at it; None for a launch of a whole step, whose parts say themselves which they
+    ``parameters`` are those that it reads; None for a launch of a whole step, whose parts say themselves which they
     are.
     """
 

@@ -10,9 +10,9 @@ from typing import Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from ops.costs import Parameters
+from ops.costs import Parameters, Weight
 from ops.quantization.tensor import QuantizedTensor
-from ops.spec import ModelSpec, NormPlacement
+from ops.spec import ModelSpec
 
 T = TypeVar("T")
 
@@ -146,35 +146,35 @@ class ModelWeights:
 
 
 def parameters(*parts: Linear | Norm | Tensor | None) -> Parameters:
-    """Elements of weights and biases, and the bytes they lie in as they are packed."""
+    """Weights and biases as they are packed."""
     known = []
     for part in parts:
         both = (part.weight, part.bias) if isinstance(part, Linear | Norm) else (part,)
         known += [weight for weight in both if weight is not None]
-    return Parameters(sum(math.prod(weight.shape) for weight in known), sum(weight.nbytes for weight in known))
+    return tuple(Weight(id(weight), math.prod(weight.shape), weight.nbytes) for weight in known)
 
 
-def embedding_parameters(embed: Embeddings) -> Parameters:
-    """Of everything that stands before the first layer."""
-    return parameters(embed.token, embed.position, embed.token_type, embed.project, embed.norm)
-
-
-def layer_parameters(layer: LayerWeights, placement: NormPlacement) -> dict[str, Parameters]:
-    """By macro-op: a norm counts at the product that it stands before, or behind (post-norm)."""
-    pre = placement == "pre"
-    return {
-        "qkv": parameters(layer.attn_norm if pre else None, layer.qkv, layer.q_norm, layer.k_norm),
-        "attend": Parameters(),
-        "attention_out": parameters(layer.out, None if pre else layer.attn_norm),
-        "ffn_up": parameters(layer.ffn_norm if pre else None, layer.up),
-        "ffn_down": parameters(layer.down, None if pre else layer.ffn_norm),
-    }
-
-
-def head_parameters(head: HeadWeights, tied: bool) -> Parameters:
-    """Of the head; an output projection that is the token embedding counts there, however it is packed."""
-    out = head.out.bias if tied and head.out is not None else head.out
-    return parameters(head.dense, head.norm, head.project, out)
+def model_parameters(spec: ModelSpec, weights: ModelWeights) -> dict[str, Parameters]:
+    """By part of the model, as :func:`ops.macro_ops.walk` names them. A norm counts at the product that it stands
+    before, or behind (post-norm); an output projection that is the token embedding counts there, however it is
+    packed."""
+    embed, head, pre = weights.embed, weights.head, spec.placement == "pre"
+    found = {"embed": parameters(embed.token, embed.position, embed.token_type, embed.project, embed.norm)}
+    for index, layer in enumerate(weights.layers):
+        at, attn_norm, ffn_norm = f"layers.{index}", layer.attn_norm, layer.ffn_norm
+        found |= {
+            f"{at}.qkv": parameters(attn_norm if pre else None, layer.qkv, layer.q_norm, layer.k_norm),
+            f"{at}.attend": (),
+            f"{at}.attention_out": parameters(layer.out, None if pre else attn_norm),
+            f"{at}.ffn_up": parameters(ffn_norm if pre else None, layer.up),
+            f"{at}.ffn_down": parameters(layer.down, None if pre else ffn_norm),
+        }
+    found["final"] = parameters(weights.final_norm)
+    if head is not None:
+        tied = spec.head is not None and spec.head.tied
+        out = head.out.bias if tied and head.out is not None else head.out
+        found["head"] = parameters(head.dense, head.norm, head.project, out)
+    return found
 
 
 class Packer:

@@ -157,10 +157,10 @@ class Counter:
         self._covered += 1
         try:
             result = function(*args, **kwargs)
+            found = cost(result, *args, **kwargs)  # which may look at values, by operators that are nobody's
         finally:
             self._covered -= 1
-        call = Call(function, args, kwargs, result)
-        self._add(call, name, cost(result, *args, **kwargs))
+        self._add(Call(function, args, kwargs, result), name, found)
         return result
 
     def _ran(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:

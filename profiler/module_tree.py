@@ -88,6 +88,8 @@ class ModuleTree:
         self._stack: list[tuple[nn.Module | Place, Place, int]] = []
         #: By identity: a module may call itself equal to another. The module is kept, so that its id stays its own.
         self._known: dict[int, tuple[nn.Module, list[Place]]] = {}
+        #: Of regions: keys of the weights that have been counted.
+        self._weights: set[int] = set()
         self._owners: dict[int, tuple[nn.Parameter, Place]] = {}
         #: Nodes are numbered thread by thread, and backward passes on a GPU run in threads of their own.
         self._marks: dict[int, Marks] = defaultdict(Marks)
@@ -153,14 +155,19 @@ class ModuleTree:
             self._own_parameters(module, self._pop(module))  # lazy modules have them only now
 
     def enter_region(self, name: str, kind: str, parameters: Parameters) -> Place:
-        """A part of a model that is no module begins: ``name`` is its dotted path below what runs now. What it says of
-        its parameters counts the first time. ``leave_region`` takes what is returned."""
+        """A part of a model that is no module begins: ``name`` is its dotted path below what runs now. A
+        parameter counts at the first that has it. ``leave_region`` takes what is returned."""
         place = self.current
         for part in name.split("."):
             found = next((child for child in place.children if child.path[-1] == part and child.region), None)
             place = found or self._add_region(place, part)
         if not place.calls:
-            place.kind, place.parameters, place.parameter_bytes = kind, parameters.elements, parameters.bytes
+            place.kind = kind
+        for weight in parameters:
+            if weight.key not in self._weights:
+                self._weights.add(weight.key)
+                place.parameters += weight.elements
+                place.parameter_bytes += weight.bytes
         self._push(place, place)
         return place
 

@@ -29,7 +29,7 @@ _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class Profiler:
-    """Profiles steps of a loop that goes on anyhow: one is counted, ``warm_up`` pass by, one rehearses, then ``repeats``
+    """Profiles steps of a loop that goes on anyhow: one is counted, ``warm_up`` pass by, one rehearses, ``repeats``
     plain ones and as many timed ones follow in turn. Every step computes what it would without the profiler, and is
     slower while it is counted or timed; steps after these have nothing around them.
 
@@ -89,12 +89,17 @@ class Profiler:
         if not self._plan:
             yield
             return
-        what = "counting" if self._plan[0] == self._counted else "timing"
+        what = "counting" if self.counting else "timing"
         start = time.perf_counter()
         with self._plan[0]():
             yield
         self._seconds[what] += time.perf_counter() - start
         self._plan.popleft()
+
+    @property
+    def counting(self) -> bool:
+        """Whether the step to come, or the one that runs, is the one that is counted."""
+        return bool(self._plan) and self._plan[0] == self._counted
 
     @property
     def done(self) -> bool:

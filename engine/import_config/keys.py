@@ -33,7 +33,6 @@ class Known:
 
 
 _MOQ = "quantization while training (MoQ)"
-_PROFILER = "a flops profiler and its timers in training"
 _TENSOR_PARALLEL = "a model that is split over several GPUs for inference"
 _COMMUNICATION = "a tuning of DeepSpeed's communication; torch's own is used"
 _WHOLE_MODEL = "slipstream reads models of known families itself: $.model.path is enough"
@@ -160,9 +159,10 @@ _TABLE: tuple[tuple[Fate, str, str, str], ...] = (
     (Fate.LATER, "compression_training.weight_quantization.shared_parameters.", "fp16_mixed_quantize*", ""),
     (Fate.DROPPED, "compression_training.activation_quantization.", "shared_parameters* different_groups*", ""),
     (Fate.MAPPED, "", "compression_training", ""),
-    (Fate.LATER, "", "flops_profiler wall_clock_breakdown timers*", _PROFILER),
-    (Fate.LATER, "flops_profiler.", "enabled recompute_fwd_factor profile_step module_depth top_modules", ""),
-    (Fate.LATER, "flops_profiler.", "detailed output_file", ""),
+    (Fate.MAPPED, "", "flops_profiler", ""),
+    (Fate.MAPPED, "flops_profiler.", "enabled profile_step module_depth top_modules detailed output_file", ""),
+    (Fate.DROPPED, "flops_profiler.", "recompute_fwd_factor", "backward and recomputed work are counted and timed"),
+    (Fate.DROPPED, "", "wall_clock_breakdown timers*", "$.flops_profiler times each phase of a step, and each module"),
     (Fate.LATER, "tensor_parallel.", "tp_grain_size mpu tp_group dtype tp_overlap_comm tp", _TENSOR_PARALLEL),
     (Fate.LATER, "tensor_parallel.", "partition_config* preset_model", _TENSOR_PARALLEL),
     (Fate.LATER, "tensor_parallel.", "injection_policy_tuple keep_module_on_host", _TENSOR_PARALLEL),

@@ -201,6 +201,18 @@ def layer_drop(draft: Draft) -> None:
         draft.tell(Fate.MAPPED, f"{name}.gamma", "0.001, DeepSpeed's default", f"{name}.gamma")
 
 
+def flops_profiler(draft: Draft) -> None:
+    """The profile of a training step; DeepSpeed leaves it off that does not say ``"enabled": true``."""
+    name = "flops_profiler"
+    if not trains(draft) or not draft.flag(name):
+        return
+    draft.move(f"{name}.enabled", f"{name}.enabled", "flag")
+    for key in ("profile_step", "module_depth", "top_modules"):
+        draft.move(f"{name}.{key}", f"{name}.{key}", "integer")
+    draft.move(f"{name}.detailed", f"{name}.detailed", "flag")
+    draft.move(f"{name}.output_file", f"{name}.output_file", "text")
+
+
 def logs(draft: Draft) -> None:
     """What is written while training."""
     if not trains(draft):
@@ -267,7 +279,8 @@ def _sections() -> tuple[Callable[[Draft], Any], ...]:
     from engine.import_config.optimizer import optimizer, scheduler
 
     return (
-        batch, precision, clipping, optimizer, scheduler, parallelism, activations, layer_drop, logs, inference,
+        batch, precision, clipping, optimizer, scheduler, parallelism, activations, layer_drop, flops_profiler, logs,
+        inference,
     )  # fmt: skip
 
 

@@ -3,9 +3,9 @@ kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
-from contextlib import AbstractContextManager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TypeVar
 
@@ -37,10 +37,15 @@ class Runner:
         self._decode_steps: dict[tuple[int, int], DecodeStep] = {}
         self._places = torch.empty(0, dtype=torch.int64)
 
-    def _region(self) -> AbstractContextManager[None]:
-        """Where a profiler finds the model's steps."""
+    @contextmanager
+    def _region(self, kind: str) -> Iterator[None]:
+        """Where a profiler finds the model's steps: whole sequences, prompts and single tokens apart."""
         head = self.spec.head
-        return region(self.spec.family, "embedding" if head is None else head.task)
+        with (
+            region(self.spec.family, "embedding" if head is None else head.task),
+            region(kind, kind) if kind != "encode" else nullcontext(),
+        ):
+            yield
 
     def _plan(self, bucket: Bucket) -> StepPlan:
         if bucket.kind not in self._plans:
@@ -62,7 +67,7 @@ class Runner:
         ends = None if wanted is None else self._tensor(list(wanted))
         tokens = self._tensor([t for row in rows for t in row])
         inputs = StepInputs(tokens, self._tensor(positions), lengths, types, rows=ends)
-        with self._region():
+        with self._region("encode"):
             return self._plan(Bucket("encode")).run(inputs)
 
     def flat(self, batch: Flat, build: Callable[[StepResult], T]) -> T:
@@ -91,7 +96,7 @@ class Runner:
                 self._refuse(batch)
             inputs = replace(inputs, checked=True)
         try:
-            with self._region():
+            with self._region("encode"):
                 result = plan.run(inputs)
         except IdError:
             self._refuse(batch)
@@ -154,7 +159,7 @@ class Runner:
             def decoder_of(state: DecodeState) -> Decoder | None:
                 return self.kernels.decoder(self.spec, self.weights, state, self.group)
 
-            self._decode_steps[key] = DecodeStep(decoder_of, cache, key[1], self._region)
+            self._decode_steps[key] = DecodeStep(decoder_of, cache, key[1], lambda: self._region("decode"))
         step = self._decode_steps[key]
         return None if step.decoder is None else step
 
@@ -178,7 +183,7 @@ class Runner:
             rows = self._tensor(ends)
         tokens = self._tensor([t for piece in pieces for t in piece])
         inputs = StepInputs(tokens, self._tensor(positions), tuple(lengths), None, view, rows)
-        with self._region():
+        with self._region(bucket.kind):
             result = self._plan(bucket).run(inputs)
         assert result.outputs is not None
         return result.outputs

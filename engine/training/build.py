@@ -29,6 +29,7 @@ from engine.training.model import model_task, outputs_of
 from engine.training.optimizer import build_optimizer
 from engine.training.parallel import join, keep_apart, launched, spread
 from engine.training.precision import LossScale, Mode, Precision
+from engine.training.profile_step import ProfileStep
 from engine.training.ranks import Ranks, ranks
 from engine.training.schedules import build_schedule
 from ops.compression import SingleProcess, TorchCollective
@@ -211,6 +212,19 @@ class TrainingPlan:
             total = self.total_steps("$.progressive_layer_drop.total_steps")
         return LayerDrop(chosen.theta, chosen.gamma, total, chosen.paths, chosen.seed)
 
+    @cached_property
+    def profile_step(self) -> ProfileStep | None:
+        """The feature, if it is on."""
+        chosen = self.config.flops_profiler
+        if chosen is None or not chosen.enabled:
+            return None
+        notes = []
+        if self.layer_drop is not None:
+            notes.append("layers were dropped at random: counts and times are of those that ran in their steps")
+        if self.settings.compile:
+            notes.append("counted as the model is written, timed as torch.compile has compiled it")
+        return ProfileStep(chosen, self.device, self.mode, lambda: self.ranks, lambda: self.length, tuple(notes))
+
     def loop(
         self,
         model: nn.Module,
@@ -232,7 +246,8 @@ class TrainingPlan:
         optimizer = build_optimizer(model, chosen.type, options, decay_all=chosen.decay_all)
         optimizer.register_step_post_hook(updated)
         called = cast(nn.Module, torch.compile(module)) if settings.compile else module
-        features: tuple[Feature, ...] = (*(() if drop is None else (drop,)), *exchange)
+        own: tuple[Feature | None, ...] = (self.profile_step, drop)
+        features = (*(feature for feature in own if feature is not None), *exchange)
         return Loop(
             model,
             optimizer,

@@ -85,6 +85,15 @@ class Caller:
         return checked
 
 
+def size_of(batch: Any) -> tuple[int, int]:
+    """Rows and tokens of a micro-batch; 0 of what it does not tell."""
+    named = batch if isinstance(batch, Mapping) else {}
+    values = named.values() if named else batch if isinstance(batch, tuple | list) else [batch]
+    ids = named.get("input_ids")
+    first = ids if ids is not None else next((one for one in values if isinstance(one, Tensor) and one.dim()), None)
+    return (0 if first is None else first.shape[0]), (0 if ids is None else ids.numel())
+
+
 def split(batch: Any, size: int) -> list[Any]:
     """A batch in micro-batches of ``size`` rows, in order; a last smaller one would weigh too much and is refused."""
     rows = _rows(batch)

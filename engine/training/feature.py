@@ -70,6 +70,9 @@ class Feature:
         """Instead of the two before: a gradient overflowed in fp16, the weights are as they were, and the step does not
         count."""
 
+    def step_failed(self, progress: Progress) -> None:
+        """Instead of what is left of a step: it has raised. What the feature has put around it goes."""
+
     def state_dict(self) -> dict[str, Any]:
         """What the feature needs to go on exactly where it stopped."""
         return {}

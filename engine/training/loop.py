@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,15 +110,17 @@ class Loop:
             raise EngineError("a step needs at least one micro-batch")
         if self._losses:
             raise EngineError(f"{len(self._losses)} micro-batches wait for their step: call step() first")
-        for batch in micro_batches:
-            self._backward(self._forward(batch, len(micro_batches)), len(micro_batches))
-        return self._finish()
+        with self._told():
+            for batch in micro_batches:
+                self._backward(self._forward(batch, len(micro_batches)), len(micro_batches))
+            return self._finish()
 
     # The three calls
 
     def forward(self, batch: Any) -> Tensor:
         """The micro-batch's mean loss, a scalar with its graph. The first of a step clears the gradients."""
-        return self._forward(batch, self.accumulation)
+        with self._told():
+            return self._forward(batch, self.accumulation)
 
     def _forward(self, batch: Any, count: int) -> Tensor:
         progress = self.progress
@@ -139,13 +141,24 @@ class Loop:
         """Adds the gradients of a loss that :meth:`forward` gave (or of a multiple of it)."""
         if len(self._losses) == self.accumulation:
             raise EngineError(f"a step is {self.accumulation} micro-batches, and all have come: call step()")
-        self._backward(loss, self.accumulation)
+        with self._told():
+            self._backward(loss, self.accumulation)
 
     def step(self) -> StepReport | None:
         """The optimizer step once ``accumulation`` micro-batches have come, else None."""
         if not self._losses:
             raise EngineError("no micro-batch has come: call forward() and backward() before step()")
-        return self._finish() if len(self._losses) == self.accumulation else None
+        with self._told():
+            return self._finish() if len(self._losses) == self.accumulation else None
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Features learn of what is raised inside."""
+        try:
+            yield
+        except BaseException:
+            self._walk("step_failed")
+            raise
 
     def _backward(self, loss: Tensor, count: int) -> None:
         self._losses.append(loss.detach())

@@ -142,6 +142,11 @@ class Trainer:
         self.loop.forward(batch)
         return self._caller.outputs
 
+    def loss_of(self, batch: Any) -> Tensor:
+        """A micro-batch's loss by the model's own forward, in whatever mode it is, with its graph."""
+        with self.plan.precision.forward():
+            return self._caller.loss_of(self.model, batch)
+
     def infer(self, batch: Any) -> Any:
         """The model's own outputs in evaluation mode, without gradients."""
         self.model.eval()

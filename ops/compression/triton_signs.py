@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ops.costs import Cost, priced
 from ops.generic.launch import assert_runs_here, on
 
 #: Elements of a program.
@@ -165,6 +166,12 @@ def _table(pieces: tuple[tuple[int, ...], ...], row: int, device: torch.device) 
     return found
 
 
+def _measure_cost(result: Tensor, x: Tensor, error: Tensor, parts: tuple[int, ...]) -> Cost:
+    """Of each element a sum, a square and their sum; of each part a quotient and a root."""
+    return Cost(3 * x.numel() + 2 * len(parts))
+
+
+@priced(_measure_cost)
 def measure(x: Tensor, error: Tensor, parts: tuple[int, ...]) -> Tensor:
     """As :func:`ops.compression.signs.measure`."""
     assert_runs_here("measure", x)
@@ -180,6 +187,15 @@ def measure(x: Tensor, error: Tensor, parts: tuple[int, ...]) -> Tensor:
     return scales
 
 
+def _pack_cost(
+    result: None, x: Tensor, error: Tensor, parts: tuple[int, ...], scales: Tensor, sound: Tensor, packed: Tensor
+) -> Cost:
+    """Of each element the sum with its error, its sign, and what the sign with its scale misses."""
+    read = x.nbytes + error.nbytes + scales.nbytes
+    return Cost(4 * x.numel(), bytes_read=read, bytes_written=error.nbytes + packed.nbytes)
+
+
+@priced(_pack_cost)
 def pack(x: Tensor, error: Tensor, parts: tuple[int, ...], scales: Tensor, sound: Tensor, packed: Tensor) -> None:
     """As :func:`ops.compression.signs.pack`; where unsound the signs are of no use rather than 0."""
     assert_runs_here("pack", x)
@@ -193,6 +209,13 @@ def pack(x: Tensor, error: Tensor, parts: tuple[int, ...], scales: Tensor, sound
             )  # fmt: skip
 
 
+def _mean_cost(result: None, packed: Tensor, scales: Tensor, parts: tuple[int, ...], out: Tensor) -> Cost:
+    """Of each element the scale with its sign and the sum, row by row, and a quotient."""
+    flops = (2 * packed.shape[0] + 1) * out.numel()
+    return Cost(flops, bytes_read=packed.nbytes + scales.nbytes, bytes_written=out.nbytes)
+
+
+@priced(_mean_cost)
 def mean_of_signs(packed: Tensor, scales: Tensor, parts: tuple[int, ...], out: Tensor) -> None:
     """As :func:`ops.compression.signs.mean_of_signs`."""
     assert_runs_here("mean_of_signs", out)
@@ -206,6 +229,14 @@ def mean_of_signs(packed: Tensor, scales: Tensor, parts: tuple[int, ...], out: T
             )  # fmt: skip
 
 
+def _unpack_cost(
+    result: None, packed: Tensor, scales: Tensor, pieces: tuple[tuple[int, ...], ...], out: Tensor
+) -> Cost:
+    """Of each element the scale with its sign."""
+    return Cost(out.numel(), bytes_read=packed.nbytes + scales.nbytes, bytes_written=out.nbytes)
+
+
+@priced(_unpack_cost)
 def unpack(packed: Tensor, scales: Tensor, pieces: tuple[tuple[int, ...], ...], out: Tensor) -> None:
     """As :func:`ops.compression.signs.unpack`."""
     assert_runs_here("unpack", out)

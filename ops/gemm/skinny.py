@@ -7,12 +7,15 @@ nothing to a caller that captures its launches in a CUDA graph.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, get_args
 
 import torch
 import triton
 from torch import Tensor
 
+from ops.closed_forms import ACTIVATION_FLOPS, norm_flops, product_cost
+from ops.costs import Cost, priced
 from ops.errors import KernelError
 from ops.gemm.config import DTYPES, MAX_ROWS, GemmConfig
 from ops.gemm.kernels import KERNELS
@@ -25,6 +28,24 @@ from ops.weights import Norm
 _OP = "skinny_gemm"
 
 
+def _skinny_cost(
+    result: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, norm: Norm | None = None,
+    norm_kind: NormKind = "layernorm", activation: Activation | None = None, gated: bool = False,
+    residual: Tensor | None = None, **_: object,
+) -> Cost:  # fmt: skip
+    """The norm counts once, though every program computes it for itself."""
+    rows, k = x.shape
+    beside = 0 if activation is None else ACTIVATION_FLOPS[activation]
+    beside = (beside + gated + (residual is not None)) * result.numel()
+    read = sum(one.nbytes for one in (x, weight, bias, residual) if one is not None)
+    if norm is not None:
+        beside += norm_flops(rows, k, norm_kind, norm.bias is not None)
+        read += sum(one.nbytes for one in (norm.weight, norm.bias) if one is not None)
+    cost = product_cost(rows, weight.shape[0], k, bias=bias is not None, beside=beside)
+    return replace(cost, bytes_read=read, bytes_written=result.nbytes)
+
+
+@priced(_skinny_cost)
 def skinny_gemm(
     x: Tensor,
     weight: Tensor | QuantizedTensor,

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ops.closed_forms import ACTIVATION_FLOPS
+from ops.costs import Cost, priced
 from ops.errors import KernelError
 from ops.generic.launch import assert_runs_here, assert_shape, on, piece, warps
 from ops.spec import Activation
@@ -60,6 +62,15 @@ def _activate_kernel(x, bias, y, n, ACT: tl.constexpr, GATED: tl.constexpr, BLOC
     tl.store(y + row * n + column, value, mask=mask)
 
 
+def _activate_cost(
+    result: Tensor, x: Tensor, bias: Tensor | None, activation: Activation, *, gated: bool = False
+) -> Cost:
+    """The bias is the product's, which the dense convention leaves out."""
+    flops = (ACTIVATION_FLOPS[activation] + gated) * result.numel()
+    return Cost(flops, executed_flops=flops + (bias is not None) * x.numel())
+
+
+@priced(_activate_cost)
 def activate(x: Tensor, bias: Tensor | None, activation: Activation, *, gated: bool = False) -> Tensor:
     """``activation(x + bias)``; if ``gated``, ``activation(gate) * up`` of the halves ``gate, up`` of ``x + bias``.
 

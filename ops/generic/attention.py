@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ops.closed_forms import attention_flops, pairs
+from ops.costs import Cost, priced
 from ops.errors import KernelError
 from ops.generic.attention_decode import decode_attention
 from ops.generic.attention_scores import (
@@ -181,6 +183,20 @@ class _Cache(NamedTuple):
     pages: int = 0
 
 
+def _sequence_cost(
+    result: Tensor, queries: Tensor, keys: Tensor, values: Tensor, starts: Tensor, *, causal: bool, window: int | None,
+    **_: object,
+) -> Cost:  # fmt: skip
+    """Each sequence's queries over all of its keys; what the masks leave is executed. Softmax and scores' extras are in
+    neither column, as in torch."""
+    heads, size = queries.shape[1:]
+    lengths = [int(length) for length in starts.diff().tolist()]
+    dense = attention_flops(heads, size, sum(length * length for length in lengths))
+    seen = sum(pairs(length, length, causal=causal, window=window) for length in lengths)
+    return Cost(dense, macs=dense // 2, executed_flops=attention_flops(heads, size, seen))
+
+
+@priced(_sequence_cost)
 def sequence_attention(
     queries: Tensor,
     keys: Tensor,
@@ -218,6 +234,27 @@ def sequence_attention(
     return _flash(op, queries, keys, values, starts, _Cache(), slopes, longest, causal, window, scoring, tile, pdl)
 
 
+def _cached_cost(
+    result: Tensor, queries: Tensor, key_pool: Tensor, value_pool: Tensor, block_table: Tensor, context: Tensor,
+    starts: Tensor, *, window: int | None, causal: bool = True, **_: object,
+) -> Cost:  # fmt: skip
+    """Of the pools the sequences' own tokens are read, each once."""
+    heads, size = queries.shape[1:]
+    totals = [int(total) for total in context.tolist()]
+    news = [int(new) for new in starts.diff().tolist()]
+    both = list(zip(news, totals, strict=True))
+    dense = attention_flops(heads, size, sum(new * total for new, total in both))
+    seen = sum(pairs(new, total, causal=causal, window=window) for new, total in both)
+    read = (
+        queries.nbytes + 2 * sum(totals) * key_pool[0, 0].nbytes + block_table.nbytes + context.nbytes + starts.nbytes
+    )
+    return Cost(
+        dense, macs=dense // 2, executed_flops=attention_flops(heads, size, seen), bytes_read=read,
+        bytes_written=result.nbytes,
+    )  # fmt: skip
+
+
+@priced(_cached_cost)
 def cached_attention(
     queries: Tensor,
     key_pool: Tensor,

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ops.closed_forms import attention_flops, pairs
+from ops.costs import Cost, priced
 from ops.generic.attention_scores import (
     Scoring,
     _absorbed,
@@ -203,6 +205,18 @@ def choose_splits(programs: int, longest: int, window: int | None, device: torch
     return max(min(room, -(-keys // SPLIT_KEYS), MAX_SPLITS), 1)
 
 
+def _decode_cost(
+    result: Tensor, queries: Tensor, key_pool: Tensor, value_pool: Tensor, block_table: Tensor, context: Tensor, *,
+    window: int | None, **_: object,
+) -> Cost:  # fmt: skip
+    """Each query over the keys it sees: one query's window is a slice of its keys rather than a mask."""
+    seen = sum(pairs(1, int(total), causal=True, window=window) for total in context.tolist() if total)
+    flops = attention_flops(queries.shape[1], queries.shape[2], seen)
+    read = queries.nbytes + 2 * seen * key_pool[0, 0].nbytes + block_table.nbytes + context.nbytes
+    return Cost(flops, macs=flops // 2, bytes_read=read, bytes_written=result.nbytes)
+
+
+@priced(_decode_cost)
 def decode_attention(
     queries: Tensor,
     key_pool: Tensor,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ops.costs import Cost, priced
 from ops.errors import KernelError
 from ops.generic.launch import assert_indices, on, power_of_two
 from ops.plan import CacheView, DecodeState, StepInputs, StepPlan
@@ -24,6 +25,7 @@ def _place_kernel(positions, block_table, slots, context, rows, pages, page_size
     tl.store(context + row, at + 1, mask=mask)
 
 
+@priced(lambda result, *_: Cost(0))
 def place(positions: Tensor, block_table: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
     """Slots [R] int64 and contexts [R] int32 (see :class:`ops.plan.CacheView`) of one new token a row.
 

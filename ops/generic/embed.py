@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ops.closed_forms import norm_flops
+from ops.costs import Cost, priced
 from ops.errors import KernelError
 from ops.generic.launch import (
     WIDEST_ROW,
@@ -53,6 +55,25 @@ def _embed_kernel(
         tl.store(normed + row * n + column, y, mask=mask)
 
 
+def _embed_cost(
+    result: tuple[Tensor, Tensor | None], ids: Tensor | None, table: Tensor, *, scale: float = 1.0,
+    positions: Tensor | None = None, position_table: Tensor | None = None, offset: int = 0,
+    types: Tensor | None = None, type_table: Tensor | None = None, weights: Norm | None = None,
+    kind: NormKind = "layernorm", eps: float = 0.0,
+) -> Cost:  # fmt: skip
+    """Of each table as much is read as the result has."""
+    raw, _ = result
+    rows, n = raw.shape
+    flops = ((scale != 1.0) + (position_table is not None) + (type_table is not None)) * raw.numel()
+    read = sum(raw.nbytes for one in (table, position_table, type_table) if one is not None)
+    read += sum(one.nbytes for one in (ids, positions, types) if one is not None)
+    if weights is not None:
+        flops += norm_flops(rows, n, kind, weights.bias is not None)
+        read += sum(one.nbytes for one in (weights.weight, weights.bias) if one is not None)
+    return Cost(flops, bytes_read=read)
+
+
+@priced(_embed_cost)
 def embed(
     ids: Tensor | None,
     table: Tensor,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ops.costs import Cost, priced
 from ops.errors import KernelError
 from ops.generic.encoder_graph import EncoderGraphs, Head, Limits, Place, StaticForward, StepBuffers
 from ops.generic.launch import assert_indices, on, power_of_two
@@ -52,6 +53,7 @@ def _locate_kernel(
     tl.store(wrong, 1, mask=tl.min(known.to(tl.int32), 0) == 0)
 
 
+@priced(lambda result, *_, **__: Cost(0))
 def locate(
     ids: Tensor, types: Tensor | None, starts: Tensor, *, vocabulary: int, kinds: int, wrong: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -26,7 +26,7 @@ from ops.macro_ops import MacroOps
 from ops.plan import Bucket, Launch, StepInputs, StepPlan, StepResult, StepState, run_launches
 from ops.spec import ModelSpec
 from ops.triton_support import interpreted
-from ops.weights import HeadWeights, ModelWeights, head_parameters
+from ops.weights import ModelWeights, model_parameters
 
 #: Graphs that are kept, the latest used ones; they share all their memory but what heads give.
 GRAPHS = 64
@@ -316,6 +316,8 @@ def graph_plan(graphs: EncoderGraphs, ops: MacroOps, fallback: StepPlan) -> Step
     ``ops`` computes the heads that are not part of the graphs.
     """
 
+    held = model_parameters(graphs.spec, graphs.weights).get("head", ())
+
     def run(state: StepState) -> None:
         inputs = state.inputs
         if not graphs.takes(inputs):
@@ -325,7 +327,8 @@ def graph_plan(graphs: EncoderGraphs, ops: MacroOps, fallback: StepPlan) -> Step
             hidden, state.outputs = graphs.step(inputs, head=inputs.rows is None)
             state.hidden = hidden if inputs.rows is None else hidden.index_select(0, inputs.rows)
             if state.outputs is None and graphs.weights.head is not None:
-                state.outputs = _in_region(graphs.spec, graphs.weights.head, ops, state.hidden, inputs)
+                with region("head", "head", held):
+                    state.outputs = ops.head(graphs.spec, graphs.weights.head, state.hidden, inputs)
             if inputs.meanwhile is not None:
                 inputs.meanwhile(StepResult(state.hidden, state.outputs))
             graphs.finish(inputs)
@@ -343,16 +346,11 @@ def graph_head(spec: ModelSpec, weights: ModelWeights, ops: MacroOps) -> Head | 
         return None
     if head.outputs > (SEQUENCE_OUTPUTS if head.first_token else TOKEN_OUTPUTS):
         return None
-    picked = replace(spec, head=replace(head, first_token=False))
+    picked, held = replace(spec, head=replace(head, first_token=False)), model_parameters(spec, weights)["head"]
 
     def run(hidden: Tensor) -> Tensor:
         inputs = StepInputs(hidden.new_empty(0, dtype=torch.int64), hidden.new_empty(0, dtype=torch.int64), ())
-        return _in_region(picked, packed, ops, hidden, inputs)
+        with region("head", "head", held):
+            return ops.head(picked, packed, hidden, inputs)
 
     return run
-
-
-def _in_region(spec: ModelSpec, head: HeadWeights, ops: MacroOps, hidden: Tensor, inputs: StepInputs) -> Tensor:
-    """The head's outputs."""
-    with region("head", "head", head_parameters(head, spec.head is not None and spec.head.tied)):
-        return ops.head(spec, head, hidden, inputs)

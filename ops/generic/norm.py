@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ops.closed_forms import norm_flops
+from ops.costs import Cost, priced
 from ops.errors import KernelError
 from ops.generic.launch import WIDEST_ROW, assert_runs_here, assert_shape, on, power_of_two, warps
 from ops.spec import NormKind
@@ -81,6 +83,14 @@ def _wide_norm_kernel(x, weight, bias, y, n, eps, BLOCK: tl.constexpr, LAYERNORM
         tl.store(y + row + at + lane, _scaled(value, mean, scale, weight, bias, at + lane, mask), mask=mask)
 
 
+def _norm_cost(
+    result: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, kind: NormKind, *_: object, **__: object
+) -> Cost:
+    n = x.shape[-1]
+    return Cost(norm_flops(x.numel() // n, n, kind, bias is not None))
+
+
+@priced(_norm_cost)
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, kind: NormKind, eps: float) -> Tensor:
     """The norm of the last axis of ``x`` [..., n] (see :func:`ops.reference.norm`), computed in fp32, in ``x``'s dtype.
 

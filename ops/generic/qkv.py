@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ops.closed_forms import norm_flops, rotary_flops
+from ops.costs import Cost, priced
 from ops.errors import KernelError
 from ops.generic.launch import assert_indices, assert_runs_here, assert_shape, on, power_of_two, warps
 from ops.generic.norm import _scaled, _statistics
@@ -111,6 +113,30 @@ def _split_kernel(
         tl.store(values + row + as_value, value, mask=mask & is_value)
 
 
+def _split_cost(
+    result: tuple[Tensor, Tensor | None, Tensor | None], fused: Tensor, positions: Tensor, *, heads: int,
+    kv_heads: int, head_dim: int, bias: Tensor | None = None, head_norm: HeadNorm | None = None,
+    rotary: Rotary | None = None, pools: tuple[Tensor, Tensor] | None = None, slots: Tensor | None = None,
+    keep: bool = False,
+) -> Cost:  # fmt: skip
+    """Norms and rotation of queries and keys; the bias is the product's, which the dense convention leaves out. Of the
+    pools the new tokens' slots are written."""
+    tokens, flops = fused.shape[0], 0
+    turned, read = heads + kv_heads, fused.nbytes + sum(x.nbytes for x in (bias, slots) if x is not None)
+    if head_norm is not None:
+        flops += norm_flops(tokens * turned, head_dim, head_norm.kind, False)
+        read += head_norm.query.nbytes + head_norm.key.nbytes
+    if rotary is not None:
+        flops += rotary_flops(tokens, turned, 2 * rotary.inv_freq.shape[0])
+        read += positions.nbytes + rotary.inv_freq.nbytes
+    written = sum(x.nbytes for x in result if x is not None)
+    if pools is not None:
+        written += 2 * tokens * kv_heads * head_dim * fused.element_size()
+    executed = flops + (bias is not None) * fused.numel()
+    return Cost(flops, executed_flops=executed, bytes_read=read, bytes_written=written)
+
+
+@priced(_split_cost)
 def split_qkv(
     fused: Tensor,
     positions: Tensor,

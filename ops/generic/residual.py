@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ops.closed_forms import norm_flops
+from ops.costs import Cost, priced
 from ops.errors import KernelError
 from ops.generic.launch import WIDEST_ROW, assert_runs_here, assert_shape, on, piece, power_of_two, warps
 from ops.generic.norm import _norm_of_row, assert_norm, norm
@@ -35,6 +37,21 @@ def _add_residual_kernel(
         tl.store(normed + row + column, y, mask=mask)
 
 
+def _add_cost(result: Tensor, partial: Tensor, bias: Tensor | None, residual: Tensor) -> Cost:
+    return Cost((1 + (bias is not None)) * partial.numel())
+
+
+def _add_norm_cost(
+    result: tuple[Tensor, Tensor], partial: Tensor, bias: Tensor | None, residual: Tensor, weights: Norm,
+    kind: NormKind, eps: float,
+) -> Cost:  # fmt: skip
+    """The tensors of a ``Norm`` are not seen among the arguments."""
+    normed = norm_flops(partial.shape[0], partial.shape[1], kind, weights.bias is not None)
+    given = [x.nbytes for x in (partial, bias, residual, weights.weight, weights.bias) if x is not None]
+    return Cost(_add_cost(result[0], partial, bias, residual).flops + normed, bytes_read=sum(given))
+
+
+@priced(_add_cost)
 def add_residual(partial: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     """``partial + bias + residual`` [T, n], rounded once; ``bias`` [n] or None.
 
@@ -54,6 +71,7 @@ def add_residual(partial: Tensor, bias: Tensor | None, residual: Tensor) -> Tens
     return raw
 
 
+@priced(_add_norm_cost)
 def add_residual_norm(
     partial: Tensor, bias: Tensor | None, residual: Tensor, weights: Norm, kind: NormKind, eps: float
 ) -> tuple[Tensor, Tensor]:

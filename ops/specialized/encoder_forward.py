@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ops.costs import region
 from ops.generic.attention import sequence_attention
 from ops.generic.encoder_graph import Place, StepBuffers
 from ops.generic.launch import power_of_two
@@ -18,7 +20,7 @@ from ops.specialized.encoder_rows import Tables, embed_sequences, norm_rows
 from ops.specialized.tile_gemm import FoldedNorm, RowNorm, Statistics, Workspace, fold, tile_gemm
 from ops.specialized.tile_table import Tile
 from ops.triton_support import dependent_launch
-from ops.weights import Embeddings, Linear, ModelWeights, Norm
+from ops.weights import Embeddings, Linear, ModelWeights, Norm, model_parameters
 
 #: No tile has fewer columns.
 NARROWEST = 16
@@ -180,21 +182,34 @@ class Forward:
     ) -> None:
         self.spec, self.weights, self.buffers, self.room, self.place = spec, weights, buffers, room, place
         self.norms, self.tiles = norms, tiles
+        self._parameters = model_parameters(spec, weights)
         self._pdl = dependent_launch(buffers.ids.device)
 
     def __call__(self) -> Tensor:
         """The hidden states behind the last norm [rows, hidden], in a buffer that the next call overwrites."""
-        spec, room = self.spec, self.room
-        stream = self._embed()
+        spec, room, part = self.spec, self.room, self._part
+        with part("embed"):
+            stream = self._embed()
         for index, layer in enumerate(self.weights.layers):
             between = _pending(spec, self.weights, index)[1]
             last = index + 1 == spec.layers
             behind = self._last_norm() if last else _pending(spec, self.weights, index + 1)[0]
-            qkv = self._product(stream, layer.qkv, room.qkv)
-            stream = self._add(self._attend(index, qkv), layer.out, stream, 0, between)
-            up = self._product(stream, layer.up, room.up, activate=True)
-            stream = self._add(up, layer.down, stream, 1, behind, last)
-        return self._final(stream)
+            with part(f"layers.{index}.qkv"):
+                qkv = self._product(stream, layer.qkv, room.qkv)
+            with part(f"layers.{index}.attend"):
+                attended = self._attend(index, qkv)
+            with part(f"layers.{index}.attention_out"):
+                stream = self._add(attended, layer.out, stream, 0, between)
+            with part(f"layers.{index}.ffn_up"):
+                up = self._product(stream, layer.up, room.up, activate=True)
+            with part(f"layers.{index}.ffn_down"):
+                stream = self._add(up, layer.down, stream, 1, behind, last)
+        with part("final"):
+            return self._final(stream)
+
+    def _part(self, name: str) -> AbstractContextManager[None]:
+        """A part of the model, as the walk names it."""
+        return region(name, name.rpartition(".")[2], self._parameters[name])
 
     def first_rows(self) -> Tensor:
         """The first row of each sequence behind the last norm; of sequences that are not there, rows of no meaning."""

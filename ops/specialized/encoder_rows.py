@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ops.closed_forms import norm_flops
+from ops.costs import Cost, priced
 from ops.errors import KernelError
 from ops.generic.launch import WIDEST_ROW, assert_indices, assert_runs_here, assert_shape, on, power_of_two, warps
 from ops.generic.norm import _norm_of_row, assert_norm
@@ -83,6 +85,17 @@ class Tables:
     scale: float = 1.0
 
 
+def _embed_cost(
+    result: None, ids: Tensor, types: Tensor | None, starts: Tensor, tables: Tables, *, out: Tensor, **_: object
+) -> Cost:
+    """Of each table as much is read as the result has."""
+    flops = ((tables.scale != 1.0) + (tables.position is not None) + (tables.token_type is not None)) * out.numel()
+    looked_up = sum(out.nbytes for one in (tables.token, tables.position, tables.token_type) if one is not None)
+    read = looked_up + ids.nbytes + starts.nbytes + (0 if types is None else types.nbytes)
+    return Cost(flops, bytes_read=read, bytes_written=out.nbytes)
+
+
+@priced(_embed_cost)
 def embed_sequences(
     ids: Tensor,
     types: Tensor | None,
@@ -132,6 +145,16 @@ def embed_sequences(
         )  # fmt: skip
 
 
+def _norm_cost(
+    result: None, x: Tensor, weight: Tensor, bias: Tensor | None, kind: NormKind, eps: float, *, out: Tensor,
+    pdl: bool = False,
+) -> Cost:  # fmt: skip
+    n = x.shape[-1]
+    read = sum(one.nbytes for one in (x, weight, bias) if one is not None)
+    return Cost(norm_flops(x.numel() // n, n, kind, bias is not None), bytes_read=read, bytes_written=out.nbytes)
+
+
+@priced(_norm_cost)
 def norm_rows(
     x: Tensor, weight: Tensor, bias: Tensor | None, kind: NormKind, eps: float, *, out: Tensor, pdl: bool = False
 ) -> None:

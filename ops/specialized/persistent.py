@@ -18,13 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ops.costs import Cost, priced, region
 from ops.errors import KernelError
 from ops.plan import DecodeState
 from ops.quantization.tensor import QuantizedTensor
 from ops.spec import Activation, ALiBiPositions, LearnedPositions, ModelSpec, RotaryPositions
 from ops.specialized.addresses import address, linear_parts, norm_parts
 from ops.specialized.streams import current_stream
-from ops.weights import LayerWeights, ModelWeights
+from ops.step_costs import decode_cost
+from ops.weights import LayerWeights, ModelWeights, model_parameters
 
 log = logging.getLogger("slipstream.kernels")
 
@@ -260,12 +262,22 @@ def _does_not_compile(error: Exception) -> KernelError:
     return KernelError(f'the persistent kernel does not compile here ({str(error)[:300]}): set "kernels" to "generic"')
 
 
+def _decode_cost(result: None, decoder: PersistentDecoder, out: Tensor, *, greedy: bool) -> Cost:
+    """Of as many steps as ``out`` has rows. Greedy ones have moved the positions on by now."""
+    steps = out.shape[0]
+    first = [place + 1 - (steps if greedy else 0) for place in decoder.state.positions.tolist()]
+    contexts = [[context + step for context in first] for step in range(steps)]
+    return decode_cost(
+        decoder.spec, contexts, decoder.weight_bytes, decoder.state.keys[0].element_size(), logits=not greedy
+    )
+
+
 class PersistentDecoder:
     """Decode steps of one model for the rows of one :class:`DecodeState`, all in one kernel."""
 
     def __init__(self, spec: ModelSpec, weights: ModelWeights, state: DecodeState) -> None:
         """Compiles the kernel (seconds, the first time). Raises :class:`KernelError` if it cannot serve."""
-        self.state = state
+        self.spec, self.state = spec, state
         device, dtype = state.keys[0].device, state.keys[0].dtype
         reason = unsupported(spec, weights, dtype, device)
         if reason is not None or state.rows not in ROWS:
@@ -284,6 +296,12 @@ class PersistentDecoder:
         self._nothing = torch.zeros(1, state.rows, dtype=torch.int64, device=device)
         self._buffers = _exchange(spec, state.rows, self.blocks, device)
         constants = _constants(spec, device)
+        held = model_parameters(spec, weights)
+        self._parameters = tuple(one for part in held.values() for one in part)
+        #: Of what each step reads whole: all but the tables of the input.
+        self.weight_bytes = sum(one.bytes for name, part in held.items() if name != "embed" for one in part)
+        if spec.head is not None and spec.head.tied:
+            self.weight_bytes += weights.embed.token.nbytes
         self._kept = (weights, constants)  # the table holds their addresses
         chosen = _table(spec, weights, state, self._buffers, constants, None)
         full = _table(spec, weights, state, self._buffers, constants, self._logits)
@@ -291,15 +309,18 @@ class PersistentDecoder:
 
     def logits(self, longest: int) -> Tensor:
         """One step: [rows, vocabulary] fp32. Any context that the block table holds is served."""
-        self._launch(self._nothing, greedy=False)
+        with region("step", "step", self._parameters):
+            self._launch(self._nothing, greedy=False)
         return self._logits
 
     def greedy(self, out: Tensor) -> bool:
         """``len(out)`` steps in one launch."""
         if out.shape[0]:
-            self._launch(out, greedy=True)
+            with region("step", "step", self._parameters):
+                self._launch(out, greedy=True)
         return True
 
+    @priced(_decode_cost, name="persistent_decode")
     def _launch(self, out: Tensor, *, greedy: bool) -> None:
         import cupy
 

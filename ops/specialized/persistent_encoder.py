@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ops.cache import cache_directory, write_aside
+from ops.costs import Cost, Parameters, priced, region
 from ops.errors import KernelError
 from ops.generic.encoder_graph import EncoderGraphs, Head, Limits, Place, StaticForward, StepBuffers
 from ops.spec import LearnedPositions, ModelSpec
@@ -30,7 +31,8 @@ from ops.specialized.persistent import ACTIVATIONS, SHARED_LIMIT, text_of
 from ops.specialized.streams import current_stream
 from ops.specialized.tile_gemm import Statistics
 from ops.specialized.tile_map import TILE, Driver
-from ops.weights import LayerWeights, ModelWeights
+from ops.step_costs import encoder_layers_cost
+from ops.weights import LayerWeights, ModelWeights, model_parameters
 
 log = logging.getLogger("slipstream.kernels")
 
@@ -201,6 +203,14 @@ class Compiled:
     partials: Tensor
 
 
+def _layers_cost(result: None, forward: PersistentForward) -> Cost:
+    lengths = [int(length) for length in forward.buffers.starts.diff().tolist()]
+    itemsize = forward.room.result.element_size()
+    return encoder_layers_cost(
+        forward.spec, forward.place.rows, lengths, sum(one.bytes for one in forward.layer_parameters), itemsize
+    )
+
+
 class PersistentForward:
     """The launches of one :class:`Place`: embeddings, their norm, and the kernel. Enqueues them when called."""
 
@@ -209,11 +219,19 @@ class PersistentForward:
     ) -> None:
         self.spec, self.weights, self.buffers, self.room, self.place = spec, weights, buffers, room, place
         self._kernel = room.kernel(spec, weights, place.rows)
+        self._parameters = model_parameters(spec, weights)
+
+    @property
+    def layer_parameters(self) -> Parameters:
+        """Of all layers, which the kernel computes in one launch."""
+        return tuple(one for name, held in self._parameters.items() if name.startswith("layers.") for one in held)
 
     def __call__(self) -> Tensor:
         """The hidden states behind the last norm [rows, hidden], in a buffer that the next call overwrites."""
-        self._embed()
-        self._launch()
+        with region("embed", "embed", self._parameters["embed"]):
+            self._embed()
+        with region("layers", "layers", self.layer_parameters):
+            self._launch()
         return self.room.result[: self.place.rows]
 
     def first_rows(self) -> Tensor:
@@ -231,6 +249,7 @@ class PersistentForward:
             norm = embed.norm
             norm_rows(out, norm.weight, norm.bias, spec.norm, spec.norm_eps, out=normed)
 
+    @priced(_layers_cost, name="persistent_encoder")
     def _launch(self) -> None:
         import cupy
 

@@ -7,12 +7,14 @@ leaves each tile's mean and squares (:class:`Statistics`), and the one that read
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ops.closed_forms import ACTIVATION_FLOPS, norm_flops, product_cost
+from ops.costs import Cost, priced
 from ops.errors import KernelError
 from ops.generic.launch import assert_runs_here, assert_shape, on, power_of_two
 from ops.spec import Activation, NormKind
@@ -111,6 +113,27 @@ def fold(weight: Tensor, bias: Tensor | None, gain: Tensor, shift: Tensor | None
     return folded, added, folded.float().sum(1)
 
 
+def _tile_cost(
+    result: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, *,
+    norm: RowNorm | FoldedNorm | None = None, activation: Activation | None = None, residual: Tensor | None = None,
+    residual_norm: RowNorm | None = None, **_: object,
+) -> Cost:  # fmt: skip
+    """A norm counts once by its definition, wherever it is computed; the bias is the product's, which the dense
+    convention leaves out."""
+    (rows, k), n = x.shape, weight.shape[0]
+    beside = 0 if activation is None else ACTIVATION_FLOPS[activation]
+    beside = (beside + (residual is not None)) * result.numel()
+    known, width = (norm, k) if norm is not None else (residual_norm, n)
+    read = sum(one.nbytes for one in (x, weight, bias, residual) if one is not None)
+    if known is not None:
+        beside += norm_flops(rows, width, known.kind, isinstance(known, RowNorm) and known.bias is not None)
+        own = (known.sums,) if isinstance(known, FoldedNorm) else (known.weight, known.bias)
+        read += sum(one.nbytes for one in (*own, known.statistics.values) if one is not None)
+    cost = product_cost(rows, n, k, bias=bias is not None, beside=beside)
+    return replace(cost, bytes_read=read, bytes_written=result.nbytes)
+
+
+@priced(_tile_cost)
 def tile_gemm(
     x: Tensor,
     weight: Tensor,

@@ -197,6 +197,29 @@ BROKEN: dict[str, tuple[dict[str, object], list[str]]] = {
         with_model(training={"micro_batch_size": 1, "evaluate_every": 5}, data={"train": "a.txt"}),
         ["$.training.evaluate_every: has no effect without $.data.eval; name files, or remove this"],
     ),
+    "a profile that comes too late": (
+        with_model(
+            training={"micro_batch_size": 1, "max_steps": 8}, flops_profiler={"enabled": True, "profile_step": 8}
+        ),
+        [
+            "$.flops_profiler.profile_step: 8 is too late, training ends behind step 8 ($.training.max_steps): lower "
+            "this below it"
+        ],
+    ),
+    "a profile of nothing": (
+        with_model(flops_profiler={"enabled": True}),
+        [
+            "$.flops_profiler.enabled: has no effect without $.training: `slipstream profile` and engine.profile() "
+            "need no switch; remove it"
+        ],
+    ),
+    "a profile without a file": (
+        with_model(flops_profiler={"formats": ["table", "html", "html"]}),
+        [
+            "$.flops_profiler.formats: names a format twice; name each once",
+            '$.flops_profiler.output_file: missing: the format "html" is a file; name it',
+        ],
+    ),
 }
 
 FINE: dict[str, dict[str, object]] = {
@@ -243,6 +266,14 @@ FINE: dict[str, dict[str, object]] = {
     "gradients by low rank": with_model(
         precision="bf16",
         training={"micro_batch_size": 2, "gradient_exchange": "PowerSGD", "power_sgd": {"start_step": 2}},
+    ),
+    "a profile of inference": with_model(flops_profiler={"module_depth": 2, "top_modules": 3}),
+    "a profile in files": with_model(
+        training={"micro_batch_size": 2, "max_steps": 8},
+        flops_profiler={"enabled": True, "profile_step": 7, "output_file": "p.json", "formats": ["json", "html"]},
+    ),
+    "a late profile that is off": with_model(
+        training={"micro_batch_size": 2, "max_steps": 8}, flops_profiler={"profile_step": 8}
     ),
     "output elsewhere": with_model(job={"type": "encode", "texts_file": "a.txt", "output": "b.jsonl"}),
 }

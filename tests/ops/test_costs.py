@@ -55,3 +55,52 @@ def test_an_operator_is_registered_once(monkeypatch):
     register_cost(torch.ops.aten.sin, lambda result, x: Cost(x.numel()))
     with pytest.raises(KernelError, match=r"aten\.sin has a cost already"):
         register_cost(torch.ops.aten.sin, lambda result, x: Cost(0))
+
+
+def test_a_function_may_be_counted_under_another_name():
+    names = []
+
+    @priced(lambda result: Cost(0), name="launch")
+    def _hidden():
+        return 1
+
+    with listening(lambda name, cost, function, args, kwargs: names.append(name) or function()):
+        assert _hidden() == 1
+    assert names == ["launch"]
+
+
+class Ears:
+    def __init__(self):
+        self.heard = []
+
+    def region_enters(self, name, kind, parameters):
+        self.heard.append((name, kind, tuple(parameters)))
+
+    def region_leaves(self):
+        self.heard.append("left")
+
+
+def test_regions_are_heard_also_where_what_runs_inside_raises():
+    ears = Ears()
+    with costs.region("model", "lm"):
+        assert not costs.observed()
+    with costs.hearing(ears):
+        assert costs.observed()
+        with (
+            pytest.raises(ValueError, match="on purpose"),
+            costs.region("model", "lm"),
+            costs.region("qkv", "qkv", (costs.Weight(1, 3, 6),)),
+        ):
+            raise ValueError("on purpose")
+    assert ears.heard == [("model", "lm", ()), ("qkv", "qkv", ((1, 3, 6),)), "left", "left"]
+    assert not costs.observed()
+
+
+def test_one_hears_regions_at_a_time():
+    with (
+        pytest.raises(KernelError, match="a profiler runs already"),
+        costs.hearing(Ears()),
+        costs.hearing(Ears()),
+    ):
+        pass
+    assert not costs.observed()

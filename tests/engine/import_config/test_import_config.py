@@ -134,6 +134,13 @@ EXPECTED: dict[str, tuple[Document, Document]] = {
                 "decay_all": True,
             },
             "schedule": {"type": "one_cycle", "warmup_steps": 1000, "total_steps": 2000},
+            "flops_profiler": {
+                "enabled": True,
+                "profile_step": 1,
+                "module_depth": -1,
+                "top_modules": 3,
+                "detailed": True,
+            },
         },
     ),
     "inference": (
@@ -186,7 +193,7 @@ def test_features_to_come_are_said_to_be_missing() -> None:
     moq = fates(import_config(MOQ))
     cycle, inference = fates(import_config(ONE_CYCLE)), fates(import_config(INFERENCE))
     assert moq["quantize_training"] is Fate.LATER
-    assert (cycle["flops_profiler"], cycle["wall_clock_breakdown"]) == (Fate.LATER, Fate.LATER)
+    assert (cycle["flops_profiler.top_modules"], cycle["wall_clock_breakdown"]) == (Fate.MAPPED, Fate.DROPPED)
     assert inference["tensor_parallel.tp_size"] is Fate.LATER
     assert fates(import_config({"dtype": "int8"}))["dtype"] is Fate.LATER
     new_spelling = {"weight_quantization": {"shared_parameters": {"enabled": True}, "different_groups": {"wq1": {}}}}
@@ -431,7 +438,8 @@ def test_every_key_with_a_reason_gives_a_row(key: str) -> None:
     source.get("optimizer", {})["type"] = "Adam"
     if "scheduler" in source:
         source["scheduler"]["type"] = "WarmupLR"
-    for section in {"fp16", "bf16", "amp", "torch_autocast", "progressive_layer_drop"} & source.keys():
+    switched = {"fp16", "bf16", "amp", "torch_autocast", "progressive_layer_drop", "flops_profiler"}
+    for section in switched & source.keys():
         source[section]["enabled"] = True
     if sections and sections[-1] in ("activation_checkpointing", "offload_optimizer", "offload_param"):
         key = ".".join(sections)  # a section that has one row as a whole
