@@ -82,6 +82,13 @@ def test_a_faster_precision_is_named_where_compute_bounds():
     assert helps(module, precision="bf16", slower=8.0) == ["kernels"]
 
 
+def test_a_precision_that_is_hardly_faster_is_not_named():
+    counts = Counts(ModuleCounts("", "", children=(leaf("m", "Linear", forward={"mm": product(4096, 4096, 4096)}),)))
+    near = replace(LIMITS, flops={"fp32": 1e12, "bf16": 1.2e12})
+    found = hot_spots(Judged(Report("m", Workload(), counts, timing_of(counts, 8.0), near)))[0]
+    assert [advice.help for advice in found.advice] == ["kernels"]
+
+
 def test_short_kernels_are_overhead():
     tiny = leaf("m", "Act", forward={"mul": elementwise(100, calls=4)})
     found = spot(tiny, clock="device").advice[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -98,6 +99,21 @@ def test_precision_is_that_of_most_parameters():
     model = nn.Sequential(nn.Linear(16, 64).bfloat16(), nn.LayerNorm(4))
     assert profile(lambda: model[0](X.bfloat16()), model, repeats=1, limits=LIMITS).workload.precision == "bf16"
     assert profile(lambda: None, model, precision="fp32", repeats=1, limits=LIMITS).workload.precision == "fp32"
+
+
+def test_integers_are_no_precision_and_tf32_is_where_torch_uses_it():
+    model = nn.Linear(16, 4)
+    model.table = nn.Parameter(torch.zeros(1000, dtype=torch.int8), requires_grad=False)
+    loose = replace(LIMITS, flops={**LIMITS.flops, "tf32": 2e12}, sources={**LIMITS.sources, "tf32": "table"})
+    before, found = torch.get_float32_matmul_precision(), []
+    try:
+        for setting in ("highest", "high"):
+            torch.set_float32_matmul_precision(setting)
+            report = profile(lambda: model(X), model, repeats=1, limits=loose)
+            found.append(report.workload.precision)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert found == ["fp32", "tf32"]
 
 
 def test_a_precision_without_a_ceiling_is_not_judged_or_refused():

@@ -233,6 +233,8 @@ def test_names_give_way_in_their_middle_and_keep_their_branches():
     table = grid(["module", "time"], [["│  └─ " + "x" * 200, "1 s"]])
     assert table.split("\n")[-1].startswith("│  └─ xxx")
     assert len(table.split("\n")[-1]) == 100
+    table = grid(["one", "other", "n"], [["x" * 200, "y" * 200, "1"], ["x", "y", "2"]], texts=(0, 1))
+    assert [len(line) for line in table.split("\n")] == [100] * 4
 
 
 def test_sentences_are_filled():

@@ -75,13 +75,12 @@ def test_events_have_what_the_format_asks_for():
 
 
 def test_rounding_makes_no_events_overlap():
-    # A child that ends with its parent, and a neighbour that begins there, at times that microseconds cannot hold.
-    start, length, child = 0.1234567891e-3, 0.0777777777e-3, 0.1555555555e-3
+    # A child that ends with its parent, and a neighbour that begins there: nanoseconds round the lengths otherwise.
     found = trace(
         with_events(
-            Event("parent", "module", "host", start, length, "layers", "forward"),
-            Event("child", "module", "host", child, start + length - child, "layers.0", "forward"),
-            Event("next", "module", "host", start + length, length, "layers", "forward"),
+            Event("parent", "module", "host", 1.0004 * US, 1.0004 * US, "layers", "forward"),
+            Event("child", "module", "host", 1.5006 * US, 0.5002 * US, "layers.0", "forward"),
+            Event("next", "module", "host", 2.0008 * US, 1.0006 * US, "layers", "forward"),
         )
     )
     assert overlaps(found) == []

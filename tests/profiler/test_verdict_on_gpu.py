@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from itertools import pairwise
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def by_events(step, repeats=21) -> float:
         step()
     marks[-1].record()
     torch.cuda.synchronize()
-    return statistics.median(one.elapsed_time(other) for one, other in zip(marks, marks[1:], strict=False)) / 1e3
+    return statistics.median(one.elapsed_time(other) for one, other in pairwise(marks)) / 1e3
 
 
 @pytest.mark.parametrize(("rows", "bound"), [(16, "memory"), (8192, "compute")])
