@@ -37,6 +37,7 @@ class Browser:
         self._pages += 1
         file = self._folder / f"{self._pages}.html"
         file.write_text(text, encoding="utf-8")
+        self.driver.get("about:blank")
         self.driver.get_log("performance"), self.driver.get_log("browser")
         self.resize(width)
         self.scheme(scheme)
