@@ -73,7 +73,7 @@ setup(
     packages=find_packages(include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]),
     package_data={
         "engine": ["py.typed"],
-        "profiler": ["py.typed", "page/*.html.j2", "page/*.css", "page/*.js"],
+        "profiler": ["py.typed", "*.json", "page/*.html.j2", "page/*.css", "page/*.js"],
         "ops": ["py.typed", "csrc/*.cu", "csrc/*.cuh", "gemm/tuned/*.json"],
         "config_schema": ["py.typed", "schema/*.json"],
         "sample_configs": ["*.json", "data/*.jsonl"],

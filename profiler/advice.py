@@ -148,6 +148,13 @@ def _advice(group: _Group) -> tuple[Advice, ...]:
     return next(found for found in (rule(group) for rule in RULES) if found)
 
 
+def _uncounted(group: _Group) -> tuple[Advice, ...]:
+    """Time, and nothing counted for it."""
+    if group.limit.seconds:
+        return ()
+    return (Advice("kernels", "nothing that it ran has a cost: see the operators without a formula"),)
+
+
 def _short(group: _Group) -> tuple[Advice, ...]:
     """Far below the roofline, in calls too short to fill anything."""
     spent = group.judgement.spent
@@ -191,7 +198,7 @@ def _weights(group: _Group) -> tuple[Advice, ...]:
     elements = sum(module.parameters * n for module, n in zip(group.modules, calls, strict=True))
     read = sum(work.bytes_read for work in counted)
     by_memory = products - group.limit.compute >= group.limit.seconds / 2
-    if report.limits is None or not by_memory or not elements or weights < read / 2:
+    if report.limits is None or not by_memory or not elements or not read or weights < read / 2:
         return ()
     rows = sum(work.macs for work in counted) / elements
     # 2 rows operations for each element that is read: from here on they take longer than reading it.
@@ -205,14 +212,13 @@ def _weights(group: _Group) -> tuple[Advice, ...]:
 
 def _kernels(group: _Group) -> tuple[Advice, ...]:
     """Nothing else explains it."""
-    if not group.limit.seconds:
-        return (Advice("kernels", "nothing that it ran has a cost: see the operators without a formula"),)
     ceiling = "the peak" if group.judgement.bound == "compute" else "the bandwidth"
     text = f"{group.what}s that reach {percentage(group.efficiency)} of {ceiling}: another kernel set, or torch.compile"
     return (Advice("kernels", text),)
 
 
 RULES: tuple[Callable[[_Group], tuple[Advice, ...]], ...] = (
+    _uncounted,
     _short,
     _elementwise,
     _lower_precision,

@@ -8,7 +8,7 @@ the place of the operator or range that launched them.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -33,6 +33,9 @@ _AHEAD = 16
 Spending = dict[str, dict[Phase, dict[str, Spent]]]
 Placed = tuple[str, str, Phase]
 """Of a kernel: its name, its module and phase."""
+
+
+_NOTHING = Spent()
 
 
 @dataclass(slots=True)
@@ -97,8 +100,9 @@ def attribute(
         rehearsed: where the same kernels belonged in an earlier step, whose word goes before that of their launches.
     """
     step = next(record for record in records if record.name == STEP)
-    inside = [record for record in records if step.start <= record.start and record.end <= step.end]
-    walk = _Walk(step, names, clock, events)
+    inside = [record for record in records if step.start <= record.start < step.end]
+    waits = [record for record in inside if record.kind == "collective"] if clock == "host" else []
+    walk = _Walk(step, names, clock, events, waits)
     for record in inside:
         if record.kind == "host":
             walk.host(record)
@@ -132,7 +136,7 @@ class _Follow:
 
 
 class _Walk:
-    def __init__(self, step: Record, names: Sequence[str], clock: Clock, events: bool) -> None:
+    def __init__(self, step: Record, names: Sequence[str], clock: Clock, events: bool, waits: Sequence[Record]) -> None:
         self.found = Measured()
         self._step = step
         self._names = names
@@ -145,8 +149,11 @@ class _Walk:
         #: Where launches are: by number of the host's record, and of the launch.
         self._records: dict[int, tuple[str, Phase]] = {}
         self._launches: dict[int, tuple[str, Phase]] = {}
-        #: Until when the step's thread is accounted for.
+        #: Until when the step's thread is accounted for, and the collectives from the first that lasts longer.
         self._now = step.start
+        self._waits = deque(waits)
+        for wait in waits:
+            self._communicated(wait.name, 0, calls=1)
 
     # ---- the host ----
 
@@ -182,8 +189,23 @@ class _Walk:
 
     def _account(self, row: int, frame: _Frame, time: int) -> None:
         if self._on_host and row == self._step.row and time > self._now:
-            self._spend(frame.module, frame.phase, frame.operator, time - self._now, calls=0)
+            waited = 0 if frame.operator else self._waited(time)
+            self._spend(frame.module, frame.phase, frame.operator, time - self._now - waited, calls=0)
             self._now = time
+
+    def _waited(self, time: int) -> int:
+        """Of the time from ``now`` on, in which there was no operator, that in which a collective was on its way: what
+        waits for one is nowhere recorded."""
+        reached = self._now
+        while self._waits and self._waits[0].end <= reached:
+            self._waits.popleft()
+        total = 0
+        for wait in self._waits:
+            start, end = max(wait.start, reached), min(wait.end, time)
+            if start < end:
+                self._communicated(wait.name, end - start, calls=0)
+                total, reached = total + end - start, end
+        return total
 
     def _frame(self, record: Record, outer: _Frame) -> _Frame:
         name, end = record.name, record.end
@@ -207,13 +229,16 @@ class _Walk:
         return _Frame(end, outer.module, phase, operator, outer.in_module)
 
     def _spend(self, module: str, phase: Phase, name: str | None, nanoseconds: int, calls: int) -> None:
-        spent = Spent(nanoseconds / 1e9, calls)
         if name is not None and name.startswith(_COLLECTIVES):
-            totals = self.found.communication
-        else:
-            totals = self.found.modules.setdefault(module, {}).setdefault(phase, {})
+            self._communicated(name, nanoseconds, calls)
+            return
+        operators = self.found.modules.setdefault(module, {}).setdefault(phase, {})
         name = name or BETWEEN_OPERATORS
-        totals[name] = totals.get(name, Spent()) + spent
+        operators[name] = operators.get(name, _NOTHING) + Spent(nanoseconds / 1e9, calls)
+
+    def _communicated(self, name: str, nanoseconds: int, calls: int) -> None:
+        before = self.found.communication.get(name, _NOTHING)
+        self.found.communication[name] = before + Spent(nanoseconds / 1e9, calls)
 
     # ---- the device ----
 
@@ -225,13 +250,11 @@ class _Walk:
             busy, reached = busy + end - start, end
             module, phase = follow.find(record.name) or self._launched(record)
             self.found.placed.append((record.name, module, phase))
-            spent = Spent((record.end - record.start) / 1e9, 1)
             communicates = record.name.startswith(_NCCL)
             if communicates:
-                totals = self.found.communication
+                self._communicated(record.name, record.end - record.start, calls=1)
             else:
-                totals = self.found.modules.setdefault(module, {}).setdefault(phase, {})
-            totals[record.name] = totals.get(record.name, Spent()) + spent
+                self._spend(module, phase, record.name, record.end - record.start, calls=1)
             if self._events:
                 kind: EventKind = "communication" if communicates else "copy" if record.kind == "copy" else "kernel"
                 self._event(record, kind, f"stream {record.row}", record.name, module, phase)
@@ -268,10 +291,10 @@ def _operator(name: str) -> str | None:
     namespace, _, rest = name.partition("::")
     if not rest or "::" in rest:
         return None
-    schemas = torch._C._jit_get_schemas_for_operator(name)
-    overloads = [f"{name}.{schema.overload_name}".removesuffix(".") for schema in schemas]
-    known = [overload for overload in overloads if torch._C._dispatch_has_kernel(overload)]  # by the dispatcher
+    variants = [schema.overload_name for schema in torch._C._jit_get_schemas_for_operator(name)]
+    full = [f"{name}.{variant}".removesuffix(".") for variant in variants if not variant.endswith("out")]
+    known = [variant for variant in full if torch._C._dispatch_has_kernel(variant)]  # to the dispatcher
     composite = torch._C._dispatch_has_kernel_for_dispatch_key
-    if not known or any(composite(overload, "CompositeImplicitAutograd") for overload in known):
-        return None
-    return f"{namespace}.{rest}"
+    # Where some variants only call others, those have the same name.
+    only_calls = all(composite(variant, "CompositeImplicitAutograd") for variant in known)
+    return None if only_calls else f"{namespace}.{rest}"

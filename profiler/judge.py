@@ -243,7 +243,7 @@ def _of(phases: _ByPhase, phase: Phase | None) -> Judgement:
 def _own(root: ModuleCounts, timing: Timing | None, limits: Ceilings | None, precision: str) -> dict[str, _ByPhase]:
     """Own work, time and limit of every module by phase, work where its time went."""
     found: dict[str, _ByPhase] = {module.name: {} for module in root.walk()}
-    timed = _timed(timing, found)
+    timed, nothing = _timed(timing, found), None if limits is None else Limit()
 
     def visit(module: ModuleCounts, above: Mapping[str, str]) -> None:
         takes = {**above, **dict.fromkeys(timed.get(module.name, {}), module.name)}
@@ -257,7 +257,8 @@ def _own(root: ModuleCounts, timing: Timing | None, limits: Ceilings | None, pre
     visit(root, {})
     for name, phases in timed.items():
         for phase, spent in phases.items():
-            found[name][phase] = found[name].get(phase, Judgement()) + Judgement(Work(), spent)
+            # What nothing was counted for takes at least no time.
+            found[name][phase] = found[name].get(phase, Judgement(Work(), None, nothing)) + Judgement(Work(), spent)
     return found
 
 

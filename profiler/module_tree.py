@@ -133,6 +133,10 @@ class ModuleTree:
         """How many modules run within each other."""
         return len(self._stack)
 
+    def knows(self, module: nn.Module) -> bool:
+        """Whether it has a place."""
+        return id(module) in self._known
+
     def enter(self, module: nn.Module) -> None:
         """A module's forward begins."""
         if id(module) not in self._known:

@@ -29,7 +29,7 @@ _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class Profiler:
-    """Profiles steps of a loop that goes on anyhow: one is counted, ``warm_up`` and one more pass by, then ``repeats``
+    """Profiles steps of a loop that goes on anyhow: one is counted, ``warm_up`` pass by, one rehearses, then ``repeats``
     plain ones and as many timed ones follow in turn. Every step computes what it would without the profiler, and is
     slower while it is counted or timed; steps after these have nothing around them.
 
@@ -75,8 +75,7 @@ class Profiler:
         self._seconds = {"counting": 0.0, "timing": 0.0}
         plan: list[Callable[[], AbstractContextManager[None]]] = [] if counts else [self._counted]
         if repeats:
-            # torch's profiler sets itself up in the first step that is timed: it goes to a timer of its own.
-            plan += [*[nullcontext] * warm_up, Timer(model, self._device).step]
+            plan += [*[nullcontext] * warm_up, self._timer.rehearsal]
             plan += [self._timer.plain, self._timed] * repeats
         self._plan = deque(plan)
 

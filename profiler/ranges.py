@@ -86,9 +86,11 @@ class Ranges:
             self._leave(self._tree.depth)
 
     def _module_enters(self, module: nn.Module, args: Any) -> None:
+        depth = self._tree.depth
         if torch.compiler.is_compiling():  # what is compiled shall not have the hooks in it
             return
-        depth = self._tree.depth
+        if depth and isinstance(module, torch.fx.GraphModule) and not self._tree.knows(module):
+            return  # what a module was compiled to
         self._tree.enter(module)
         if self._tree.depth == depth:  # what ``torch.compile`` put around a module, which may not be entered itself
             self._tree.enter(_within(module))

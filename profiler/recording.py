@@ -15,11 +15,13 @@ from torch.autograd.profiler import profile
 
 from profiler.errors import ProfilerError
 
-Kind = Literal["host", "launch", "kernel", "copy"]
-"""``host``: an operator, a node of autograd or a range, in some thread; ``launch``: a call of the CUDA runtime;
-``kernel`` and ``copy`` (memory moved or set): what the GPU did."""
+Kind = Literal["host", "collective", "launch", "kernel", "copy"]
+"""``host``: an operator, a node of autograd or a range, in some thread; ``collective``: one between CPUs, from its call
+to its end, in the background; ``launch``: a call of the CUDA runtime; ``kernel`` and ``copy`` (memory moved or set):
+what the GPU did."""
 
 _RUNTIME = re.compile(r"cu(da)?[A-Z]")
+_COLLECTIVE = re.compile(r"(gloo|mpi|ucc):")
 _COPY = re.compile(r"Mem(cpy|set)\b")
 #: Numbers of threads that torch gives out are small; what has none carries 0 or the largest number of 64 bits.
 _NO_THREAD = 1 << 32
@@ -69,13 +71,14 @@ def recording(device: torch.device) -> Iterator[list[Record]]:
     # Shapes, stacks and memory stay off: each costs more than all the rest.
     with _quiet(), profile(use_kineto=True, use_device="cuda" if device.type == "cuda" else None) as found:
         yield records
-    assert found.kineto_results is not None
-    raw = found.kineto_results.events()
-    records += sorted((record for event in raw if (record := _record(event, device))), key=_order)
+    records += records_of(found, device)
 
 
-def _order(record: Record) -> tuple[int, int]:
-    return record.start, -record.end
+def records_of(found: profile, device: torch.device) -> list[Record]:
+    """What a profiler that has been left recorded of the host and of one device, by begin, outer before inner."""
+    assert found.kineto_results is not None, "it has not been left"
+    records = [record for event in found.kineto_results.events() if (record := _record(event, device))]
+    return sorted(records, key=lambda record: (record.start, -record.end))
 
 
 @contextmanager
@@ -102,7 +105,7 @@ def _record(event: Any, device: torch.device) -> Record | None:
     thread = event.start_thread_id()
     if 0 < thread < _NO_THREAD:
         if event.is_async():  # does not lie within what surrounds it
-            return None
+            return Record(name, "collective", start, end, row) if _COLLECTIVE.match(name) else None
         sequence, forward = event.sequence_nr(), event.fwd_thread_id()
         backward = event.scope() == _BACKWARD
         return Record(name, "host", start, end, row, correlation, 0, sequence, thread, forward, backward)

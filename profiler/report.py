@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
@@ -110,7 +111,7 @@ class Report:
             ProfilerError: another version of the schema, or data that it does not describe.
         """
         if not isinstance(data, Mapping) or "schema" not in data:
-            raise ProfilerError('not a profile: there is no "schema" in it. Give a file that a profile was written to')
+            raise ProfilerError("not a profile: it has no schema. Give the JSON that a profile was written to")
         if data["schema"] != SCHEMA_VERSION:
             raise ProfilerError(
                 f"a profile of schema {data['schema']!r}, and this version reads {SCHEMA_VERSION}: profile again"
@@ -219,6 +220,7 @@ def schema() -> dict[str, Any]:
     return found
 
 
+@cache
 def _validator() -> Any:
     # Data that has not been through JSON has tuples.
     arrays = Draft202012Validator.TYPE_CHECKER.redefine("array", lambda _, value: isinstance(value, list | tuple))

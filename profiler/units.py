@@ -45,12 +45,14 @@ def _small(number: float | None, unit: str) -> str:
 
 
 def percentage(share: float | None) -> str:
-    """``31%``, ``2.4%``, ``<0.1%``: a tenth below ten. ``-`` for None."""
+    """``31%``, ``2.4%``, ``<0.1%``, ``>999%``: a tenth below ten. ``-`` for None."""
     if share is None or not math.isfinite(share):
         return NOTHING
     percent = 100 * share
     if 0 < percent < 0.05:
         return "<0.1%"
+    if percent >= 999.5:
+        return ">999%"
     return f"{percent:.0f}%" if abs(percent) >= 9.95 or percent == 0 else f"{percent:.1f}%"
 
 

@@ -73,6 +73,7 @@ def test_wheel_carries_every_module(names):
         "sample_configs/*.json",
         "ops/csrc/*.cu",
         "ops/csrc/*.cuh",
+        "profiler/*.json",
         "profiler/page/*.*",
         "*/py.typed",
     ],

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Any
+
+from hypothesis import strategies as st
+
 from profiler.ceilings import Ceilings, roofline
-from profiler.counts import Counts, ModuleCounts, Work
+from profiler.counts import PHASES, Counts, ModuleCounts, Work
 from profiler.report import Energy, Report, Workload
 from profiler.times import Spent, Timing
 
@@ -87,4 +93,53 @@ def hand_made(layers: int = 3) -> Report:
         timing_seconds=1.5,
         machine={"device": "Test device", "torch": "2.13.0"},
         notes=("One thing that a reader must know.",),
+    )
+
+
+_TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="."), min_size=1, max_size=60)
+
+
+@st.composite
+def random_reports(draw) -> Report:
+    """Any report: names in any script, any sizes, anything missing. Hypothesis draws the names and a seed."""
+    texts = draw(st.lists(_TEXTS, min_size=4, max_size=8, unique=True))
+    random = Random(draw(st.integers(0, 2**32)))
+
+    def number() -> int:
+        return int(10 ** random.uniform(0, 15)) - 1
+
+    def some(keys: Sequence[str], value: Callable[[], Any]) -> dict[Any, Any]:
+        return {key: value() for key in random.sample(keys, random.randint(0, min(3, len(keys))))}
+
+    def spent() -> Spent:
+        return Spent(10 ** random.uniform(-9, 4), random.randint(0, 10**6))
+
+    def module(prefix: str, depth: int) -> ModuleCounts:
+        name = f"{prefix}.{random.choice(texts)}" if prefix else random.choice(texts)
+        own = some(PHASES, lambda: some(texts, lambda: Work(*(number() for _ in range(6)))))
+        several = random.randint(0, 3 if depth < 4 else 0)
+        children = tuple(module(f"{name}.{at}", depth + 1) for at in range(several))
+        return ModuleCounts(name, random.choice(texts), number(), number(), {"forward": 1}, own, number(), children)
+
+    counts = Counts(ModuleCounts("", "", children=(module("", 0),)), some(texts, lambda: random.randint(1, 10**6)))
+    names = [one.name for one in counts.root.walk()]
+    modules = some(names, lambda: some(PHASES, lambda: some(texts, spent)))
+    numbers = {name: 10 ** random.uniform(-9, 4) for name in ("step_seconds", "idle_seconds", "plain_seconds")}
+    timing = Timing(random.choice(["device", "host"]), modules, some(texts, spent), **numbers)
+    workload = Workload(
+        random.choice(["training", "inference", "call"]),
+        random.choice(["fp32", "bf16"]),
+        random.choice([None, 0, number()]),
+        random.choice([None, 0, number()]),
+        *(random.randint(1, 10**4) for _ in range(5)),
+    )
+    return Report(
+        name=random.choice(texts),
+        workload=workload,
+        counts=counts,
+        timing=random.choice([timing, timing, None]),
+        limits=random.choice([LIMITS, LIMITS, None]),
+        energy=random.choice([None, Energy(1.5, "power"), Energy(0.0, "counter")]),
+        machine=some(texts, lambda: random.choice(texts)),
+        notes=tuple(some(texts, int)),
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +12,9 @@ from torch import nn
 from torch.nn.functional import linear as imported_before
 from transformers.pytorch_utils import Conv1D
 
-from profiler import Counter, count
+from profiler import Counter, Report, Workload, count, get_model_profile, profile
+from profiler.tables import text
+from tests.profiler.reports import LIMITS
 
 X = torch.randn(2, 8, 16)
 
@@ -102,3 +107,73 @@ def test_the_backward_pass_is_counted_rather_than_assumed():
     counts = counter.counts()
     assert counts.module("0").total("backward").macs == 0
     assert counts.module("1").total("backward").macs == counts.module("1").total("forward").macs
+
+
+# ---- of what is reported ----
+
+
+def profiled(model, *args, **kwargs) -> Report:
+    return profile(lambda: model(*args, **kwargs), model, repeats=1, limits=LIMITS)
+
+
+def test_the_deepest_depth_is_in_the_aggregated_table():
+    printed = text(profiled(nn.Sequential(nn.Sequential(nn.Sequential(nn.Linear(16, 4)))), X))
+    section = printed.split("By depth")[1].split("\n\n")[0]
+    assert re.search(r"^ +3  +68 Linear +1\.02 K Linear +\S+ \ws Linear$", section, re.MULTILINE)
+
+
+def test_conv1d_of_transformers_has_numbers_in_the_tree():
+    printed = text(profiled(nn.Sequential(Conv1D(4, 16)), X))
+    assert re.search(r"^└─ 0: Conv1D +68 +1\.02 K +2\.05 K ", printed, re.MULTILINE)
+    assert re.search(r"^└─ 0 +\S+ \ws +\S+% +\S+ \w? ", printed, re.MULTILINE)
+
+
+def test_parameters_of_the_model_are_right_without_an_engine():
+    report = profiled(nn.Linear(16, 4), X)
+    assert "parameters   68 (272 B)\n" in text(report)
+    sharded = replace(report, workload=Workload(world_size=2, tensor_parallel=2))
+    assert "parameters   68 (272 B); of the model 136\n" in text(sharded)
+
+
+def test_a_model_that_trains_goes_on_training():
+    model = nn.Sequential(nn.Linear(16, 4), nn.Dropout())
+    get_model_profile(model, (2, 16), print_profile=False)
+    assert [module.training for module in model.modules()] == [True, True, True]
+
+
+def test_integers_are_exact():
+    model = nn.Sequential(nn.Linear(16, 4), nn.Linear(4, 3))
+    found = get_model_profile(model, (7, 16), print_profile=False, as_string=False)
+    assert found == (2 * 7 * (16 * 4 + 4 * 3), 7 * (16 * 4 + 4 * 3), 16 * 4 + 4 + 4 * 3 + 3)
+
+
+def test_the_same_numbers_again_after_an_exception():
+    model = nn.Linear(16, 4)
+    before = get_model_profile(model, (7, 16), print_profile=False, as_string=False)
+    with pytest.raises(RuntimeError):
+        get_model_profile(model, (7, 15), print_profile=False)
+    assert get_model_profile(model, (7, 16), print_profile=False, as_string=False) == before
+
+
+def test_shared_weights_are_parameters_once():
+    model = nn.Sequential(nn.Embedding(9, 16), nn.Linear(16, 9, bias=False), nn.Linear(16, 9, bias=False))
+    for layer in (model[1], model[2]):
+        layer.weight = model[0].weight
+    found = get_model_profile(model[1], (2, 16), print_profile=False, as_string=False)
+    assert found[2] == 9 * 16
+    report = profile(lambda: model[2](model[0](torch.zeros(2, dtype=torch.long))), model, repeats=0)
+    assert report.counts.root.total_parameters == 9 * 16
+
+
+def test_backward_and_step_are_measured_rather_than_multiplied():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
+    optimizer = torch.optim.SGD(model.parameters())
+
+    def step():
+        model(X).sum().backward()
+        optimizer.step()
+
+    printed = text(profile(step, model, repeats=1, limits=LIMITS))
+    section = printed.split("By phase")[1].split("\n\n")[0]
+    for phase in ("forward", "backward", "step"):
+        assert re.search(rf"^{phase} .* \S+ \ws ", section, re.MULTILINE)
