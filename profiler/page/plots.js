@@ -77,7 +77,7 @@ function drawRoofline() {
   draw("plot-roofline", { data: traces, layout: fitted(figure.layout) }, CONFIG);
   const part = said(percent(missingTime / taken));
   byId("left-out").textContent = missing
-    ? `Not shown: ${missing} ${missing === 1 ? "module that moves" : "modules that move"} data and ${missing === 1 ? "computes" : "compute"} nothing, ${part} of the time.`
+    ? `The larger a dot, the more time it takes. Not shown: ${missing} ${missing === 1 ? "module that computes" : "modules that compute"} nothing, ${part} of the time.`
     : "The larger a dot, the more time it takes.";
 }
 
