@@ -29,7 +29,7 @@ _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class Profiler:
-    """Profiles steps of a loop that goes on anyhow: one is counted, ``warm_up`` pass by, one rehearses, then ``repeats``
+    """Profiles steps of a loop that goes on anyhow: one is counted, ``warm_up`` pass by, one rehearses, ``repeats``
     plain ones and as many timed ones follow in turn. Every step computes what it would without the profiler, and is
     slower while it is counted or timed; steps after these have nothing around them.
 

@@ -50,7 +50,7 @@ def _where(judged: Judged) -> str:
     lines = []
     for number, spot in enumerate(hot_spots(judged), start=1):
         several = f" ({len(spot.modules)})" if len(spot.modules) > 1 else ""
-        lines.append(fill(f"{elide(spot.name, WIDTH // 2)}{several}: {spot.evidence}", f"{number}. ", "   "))
+        lines += [fill(spot.name + several, f"{number}. ", "   "), fill(spot.evidence, "   ", "   ")]
         lines += [_advice(one, "   ") for one in spot.advice]
     return "\n".join([*lines, *(_advice(one, "*  ") for one in remarks(judged))])
 

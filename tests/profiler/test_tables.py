@@ -67,12 +67,15 @@ def test_where_the_time_goes_as_it_is_printed():
     assert (
         section(text(hand_made()), "Where the time goes")
         == """\
-1. layers.*.linear (3): 9 operators, 50% of the roofline, 9.66 ms lost
+1. layers.*.linear (3)
+   9 operators, 50% of the roofline, 9.66 ms lost
    precision: bound by compute in fp32: the peak of bf16 is 4.0 times as high
-2. layers.*.act (3): 57 operators, 50% of the roofline, 4.78 ms lost
+2. layers.*.act (3)
+   57 operators, 50% of the roofline, 4.78 ms lost
    fuse: 57 operators without products pass 478 MB through memory: torch.compile, or a kernel set
    that fuses them, passes it once
-3. (optimizer step): 4 operators, 50% of the roofline, 1.60 ms lost
+3. (optimizer step)
+   4 operators, 50% of the roofline, 1.60 ms lost
    fuse: 4 operators without products pass 160 MB through memory: an optimizer with fused=True
    passes each tensor once"""
     )
