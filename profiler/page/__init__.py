@@ -21,6 +21,14 @@ from profiler.summary import executed_differs
 
 __all__ = ["page"]
 
+_PHASES = {
+    "all": "All",
+    "forward": "Forward",
+    "recompute": "Recompute",
+    "backward": "Backward",
+    "step": "Optimizer",
+}
+_MEMORY = (("activations", "Activations"), ("parameterBytes", "Parameters"))
 _SCRIPTS = ("common.js", "plots.js", "tables.js")
 
 
@@ -40,6 +48,10 @@ def page(report: Report) -> str:
     environment.filters["micro"] = _micro
     return environment.from_string(_read("page.html.j2")).render(
         **summary.text(judged),
+        phases=[(phase, _PHASES[phase]) for phase in data["phases"]],
+        widths=data["widths"],
+        memory=data["memory"],
+        flame_height=figures.flame_height(data["modules"]),
         data=_embedded(data),
         kernels=bool(data["kernels"]),
         scripts=scripts,
@@ -50,13 +62,17 @@ def page(report: Report) -> str:
 
 def _data(judged: Judged) -> dict[str, Any]:
     report, modules = judged.report, rows.modules(judged)
+    timed = report.timing is not None
     plots = {"flame": figures.flame(modules), "memory": figures.memory(modules)}
     if report.limits is not None:
         plots["roofline"] = figures.roofline(report.limits, report.workload.precision, modules)
     return {
         "phases": rows.phases_of(judged),
-        "timed": report.timing is not None,
+        "timed": timed,
         "judged": report.limits is not None,
+        # What the reader can choose among: how wide modules are, what of memory is shown; the first to begin with.
+        "widths": ([("time", "Time")] if timed else []) + [("flops", "Operations"), ("bytes", "Traffic")],
+        "memory": [pair for pair in _MEMORY if modules[0][pair[0]]] or [_MEMORY[0]],
         "executes": executed_differs(judged),
         "modules": modules,
         "operators": rows.operators(judged),

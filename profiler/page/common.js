@@ -61,19 +61,15 @@ const VERDICTS = { memory: "memory", compute: "compute", latency: "latency" };
 
 /* ---- choices: a group of buttons of which one is pressed ---- */
 
-function choice(id, options, chosen, onChoose) {
-  const group = byId(id);
-  if (!group || options.length < 2) return;
-  const buttons = options.map(([key, label]) => element("button", { type: "button", textContent: label, value: key }));
-  const press = (key) => buttons.forEach((button) => button.setAttribute("aria-pressed", String(button.value === key)));
-  buttons.forEach((button) => button.addEventListener("click", () => { press(button.value); onChoose(button.value); }));
-  group.replaceChildren(...buttons);
-  press(chosen);
+function choice(id, onChoose) {
+  const buttons = [...byId(id).querySelectorAll("button")];
+  buttons.forEach((button) => button.addEventListener("click", () => {
+    buttons.forEach((other) => other.setAttribute("aria-pressed", String(other === button)));
+    onChoose(button.value);
+  }));
 }
 
-const PHASE_NAMES = { all: "All", forward: "Forward", recompute: "Recompute", backward: "Backward", step: "Optimizer" };
-
-choice("phases", data.phases.map((phase) => [phase, PHASE_NAMES[phase]]), "all", (phase) => {
+choice("phases", (phase) => {
   state.phase = phase;
   listeners.forEach((listener) => listener());
 });

@@ -36,6 +36,8 @@ OURS, OTHER = "ours", "other"
 _INK = {OURS: "var(--ink)", OTHER: "var(--muted)"}
 #: Height of the bar that leads back out of a module, in pixels.
 PATH = 24
+#: Height of a level of the flame graph; least and most of all of it.
+LEVEL, SHORTEST, TALLEST = 32, 150, 560
 #: Labels of one size; those that do not fit are left out rather than made too small to read.
 _TEXT = {"minsize": 11, "mode": "hide"}
 
@@ -96,6 +98,14 @@ def flame(rows: Sequence[Row]) -> dict[str, Any]:
         pathbar={"thickness": PATH},
     )
     return _plain(figure)
+
+
+def flame_height(rows: Sequence[Row]) -> int:
+    """In pixels, for the depth that the modules have."""
+    depths: list[int] = []
+    for row in rows:
+        depths.append(1 if row["parent"] < 0 else depths[row["parent"]] + 1)
+    return PATH + min(TALLEST, max(SHORTEST, LEVEL * max(depths)))
 
 
 def memory(rows: Sequence[Row]) -> dict[str, Any]:

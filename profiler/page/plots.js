@@ -6,9 +6,9 @@
 const CONFIG = { responsive: true, displaylogo: false, modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] };
 const PLAIN = { ...CONFIG, displayModeBar: false };
 const TINTS = 6;
-const BUCKETS = [[0.1, "under 10%"], [0.3, "10 to 30%"], [0.6, "30 to 60%"], [Infinity, "over 60% of the roofline"]];
-const flameBy = data.timed ? "time" : "flops";
-const chosen = { flame: flameBy, memory: data.modules[0].activations ? "activations" : "parameterBytes" };
+/* Shares of the roofline below which a module has the colour of that number. */
+const REACHED = [0.1, 0.3, 0.6, Infinity];
+const chosen = { flame: data.widths[0][0], memory: data.memory[0][0] };
 
 /* Custom properties of the style sheet, anywhere in a figure, by what they stand for now. */
 function painted(figure) {
@@ -77,7 +77,7 @@ function drawRoofline() {
   draw("plot-roofline", { data: traces, layout: fitted(figure.layout) }, CONFIG);
   const part = said(percent(missingTime / taken));
   byId("left-out").textContent = missing
-    ? `Not shown: ${missing} ${missing === 1 ? "module that moves" : "modules that move"} data and ${missing === 1 ? "computes" : "compute"} nothing, ${part} of the time.`
+    ? `The larger a dot, the more time it takes. Not shown: ${missing} ${missing === 1 ? "module that computes" : "modules that compute"} nothing, ${part} of the time.`
     : "The larger a dot, the more time it takes.";
 }
 
@@ -96,7 +96,7 @@ const LEVELS = 1 + Math.max(...depths);
 
 function bucket(c) {
   const reached = efficiency(c);
-  return reached === null ? "none" : BUCKETS.findIndex(([below]) => reached < below);
+  return reached === null ? "none" : REACHED.findIndex((below) => reached < below);
 }
 
 function drawFlame() {
@@ -111,15 +111,7 @@ function drawFlame() {
     marker: { colors: key.map((name) => `var(--${name})`), line: { width: 0 } },
     textfont: { size: 13, color: "var(--ink)" },
   };
-  byId("plot-flame").style.height = `${24 + Math.min(560, Math.max(150, LEVELS * 32))}px`;
   draw("plot-flame", { data: [trace], layout: data.figures.flame.layout }, PLAIN);
-  if (!judged) return;
-  const entries = BUCKETS.map(([, label], index) => {
-    const swatch = element("i");
-    swatch.style.background = `var(--share-${index})`;
-    return element("li", {}, swatch, label);
-  });
-  byId("flame-legend").replaceChildren(...entries);
 }
 
 /* Rows hold the sums of their subtrees; plotly wants what is a row's own. */
@@ -149,9 +141,8 @@ function drawMemory() {
 
 function drawAll() { drawRoofline(); drawFlame(); drawMemory(); }
 
-const widths = [["time", "Time"], ["flops", "Operations"], ["bytes", "Traffic"]].filter(([key]) => key !== "time" || data.timed);
-choice("flame-by", widths, chosen.flame, (key) => { chosen.flame = key; drawFlame(); });
-choice("memory-by", [["activations", "Activations"], ["parameterBytes", "Parameters"]].filter(([key]) => data.modules[0][key]), chosen.memory, (key) => { chosen.memory = key; drawMemory(); });
+choice("flame-by", (key) => { chosen.flame = key; drawFlame(); });
+choice("memory-by", (key) => { chosen.memory = key; drawMemory(); });
 listeners.push(() => { drawRoofline(); drawFlame(); });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
 narrow.addEventListener("change", drawAll);

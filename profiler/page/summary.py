@@ -15,6 +15,8 @@ from profiler.units import joules, percentage, quantity, seconds
 
 #: Cards in a row, at most.
 WIDEST = 6
+#: What the colours of the flame graph stand for.
+REACHED = ("under 10%", "10 to 30%", "30 to 60%", "over 60% of the roofline")
 #: A step that is so many times longer while it is timed is said to be.
 NOTICED = 1.02
 
@@ -56,6 +58,7 @@ def text(judged: Judged) -> dict[str, Any]:
         "columns": math.ceil(len(cards) / math.ceil(len(cards) / WIDEST)),
         "parts": list(_parts(judged)),
         "timed": _timed(judged),
+        "reached": REACHED if report.timing is not None and report.limits is not None else (),
         "advice": [_advice(spot) for spot in hot_spots(judged)],
         "remarks": [_sentence(remark.text) for remark in remarks(judged)],
         "roofline": _roofline(judged),

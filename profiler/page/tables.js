@@ -181,16 +181,12 @@ const moduleView = (table, wanted) => inPhase(looks.view === "flat" || wanted ? 
 
 unfold(80);
 const moduleTable = new Table("module", "Module", moduleColumns(), moduleView);
-choice("module-view", [["tree", "Tree"], ["flat", "List"]], "tree", (key) => { looks.view = key; moduleTable.show(); });
-const folds = [["fold", "Fold"], ["unfold", "Unfold all"]].map(([key, label]) => {
-  const button = element("button", { type: "button", textContent: label, value: key });
-  button.addEventListener("click", () => {
-    if (key === "fold") unfold(12); else unfold(Infinity);
-    moduleTable.show();
-  });
-  return button;
+choice("module-view", (key) => { looks.view = key; moduleTable.show(); });
+byId("module-fold").addEventListener("click", (event) => {
+  if (!event.target.value) return;
+  unfold(Number(event.target.value));
+  moduleTable.show();
 });
-byId("module-fold").replaceChildren(...folds);
 moduleTable.show();
 
 /* ---- operators and kernels ---- */

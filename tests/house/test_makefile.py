@@ -105,4 +105,4 @@ def test_ci_script_runs_make_targets_that_exist():
     script = ROOT / ".ci" / "run"
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
     called = re.findall(r"make --no-print-directory (\S+)", script.read_text(encoding="utf-8"))
-    assert called == ["test", "lint", "dry-run", "test-oldest"]
+    assert called == ["browser", "test", "lint", "dry-run", "test-oldest"]
