@@ -245,6 +245,7 @@ def test_what_is_compiled_belongs_to_the_module_that_is_entered(part):
     expected = {"Net"} if part == "model" else {"blocks.0", "blocks.1.0", "head"}
     assert names == expected
     assert all("aten.mm" in found.modules[name]["backward"] for name in expected)
+    assert "aten.mse_loss" in found.modules[""]["forward"], "left again"
 
 
 def test_against_torch_on_the_same_trace():
