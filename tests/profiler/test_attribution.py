@@ -85,8 +85,8 @@ def test_a_node_belongs_to_the_module_in_which_it_was_made():
         STEPS,
         module(1, 10, 50, 2),
         host("aten::mm", 20, 30, 3, sequence=5),
+        host("aten::mul", 35, 40, 5, sequence=6),  # makes no node: the next one has the number still
         module(2, 60, 90, 4),
-        host("aten::mul", 65, 70, 5, sequence=6),  # makes no node: the next one has the number still
         host("aten::mm", 75, 80, 6, sequence=6),
         host(f"{evaluate}MmBackward0", 100, 140, 7, sequence=6, **numbered),
         host("MmBackward0", 101, 130, 8, sequence=6, backward=True, **numbered),
@@ -104,6 +104,20 @@ def test_a_node_belongs_to_the_module_in_which_it_was_made():
     assert set(found.modules["top.last"]["backward"]) == {"by 9", "by 10"}
     assert set(found.modules["top.first"]["backward"]) == {"by 12", "by 15"}
     assert set(found.modules[""]["backward"]) == {"by 17"}, "made before the step"
+
+
+def test_an_optimizer_steps_between_modules():
+    found = attributed(
+        STEPS,
+        host("Optimizer.step#AdamW.step", 10, 100, 2),
+        host("aten::add_", 20, 30, 3),
+        module(0, 200, 300, 4),
+        host("Optimizer.step#Inner.step", 210, 290, 5),
+        host("aten::add_", 220, 230, 6),
+        kernel("adam", 400, 410, linked=3),
+        kernel("inner", 410, 420, linked=6),
+    )
+    assert {name: set(phases) for name, phases in found.modules.items()} == {"": {"step"}, "top": {"forward"}}
 
 
 def test_communication_is_apart_and_streams_may_overlap():

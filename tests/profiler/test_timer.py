@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
+from collections import Counter as Tally
 
 import pytest
 import torch
@@ -140,6 +141,31 @@ def test_operators_are_those_that_are_counted(recompute, steps):
     assert timed == counted > 0
 
 
+def test_operators_of_many_layers_have_the_names_that_are_counted():
+    layers = nn.ModuleList([nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.MaxPool2d(2), nn.Flatten()])
+    layers += [nn.Linear(36, 8), nn.LayerNorm(8), nn.Dropout(), nn.GELU()]
+    embedding, attention = nn.Embedding(5, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def step():
+        x = nn.Sequential(*layers)(torch.ones(2, 2, 8, 8))
+        x = torch.where(x > 0, x, x.std(0)) + x.max(1, keepdim=True).values
+        x = x[:, None] + embedding(torch.tensor([[0, 1], [2, 3]]))
+        x, _ = attention(x, x, x, need_weights=False)
+        F.cross_entropy(torch.einsum("abc,dc->abd", x, embedding.weight).flatten(0, 1), torch.arange(4)).backward()
+
+    _, counts = count(step)
+    timed, counted = Tally(), Tally()
+    for phases in measured(step).modules.values():
+        for name, spent in phases.get("forward", {}).items():
+            timed[name.replace("add_", "add")] += spent.calls  # a linear layer adds in place if no mode sees it
+    for name, work in counts.root.operators("forward").items():
+        counted[name.replace("add_", "add")] += work.operators
+    for views in ("aten.view", "aten.detach", "aten.empty"):
+        del timed[views], counted[views]
+    assert counted.total() > 30
+    assert {name: timed[name] for name in counted} == counted
+
+
 def test_a_shared_module_has_the_name_it_is_called_by():
     class Twice(nn.Module):
         def __init__(self):
@@ -219,6 +245,7 @@ def test_what_is_compiled_belongs_to_the_module_that_is_entered(part):
     expected = {"Net"} if part == "model" else {"blocks.0", "blocks.1.0", "head"}
     assert names == expected
     assert all("aten.mm" in found.modules[name]["backward"] for name in expected)
+    assert "aten.mse_loss" in found.modules[""]["forward"], "left again"
 
 
 def test_against_torch_on_the_same_trace():
