@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -30,12 +31,21 @@ _COLLECTIVES = ("c10d", "_c10d_functional")
 #: How far ahead a rehearsal is searched for a kernel before it counts as a stranger.
 _AHEAD = 16
 
-Spending = dict[str, dict[Phase, dict[str, Spent]]]
-Placed = tuple[str, str, Phase]
-"""Of a kernel: its name, its module and phase."""
+#: Share of a step's kernels up to which they may differ from those of its rehearsal.
+_ALIKE = 0.02
 
+Spending = dict[str, dict[Phase, dict[str, Spent]]]
 
 _NOTHING = Spent()
+
+
+class Placed(NamedTuple):
+    """A kernel, its module and phase, and the stream it ran on."""
+
+    name: str
+    module: str
+    phase: Phase
+    row: int = 0
 
 
 @dataclass(slots=True)
@@ -47,9 +57,16 @@ class Measured:
     modules: Spending = field(default_factory=dict)
     communication: dict[str, Spent] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
-    #: The GPU's kernels and copies in their order, and how many of them the rehearsal, if there was one, did not have.
+    #: The GPU's kernels and copies in their order; how many of them the rehearsal, if there was one, did not have, and
+    #: how many of its own did not come.
     placed: list[Placed] = field(default_factory=list)
     strangers: int = 0
+    missing: int = 0
+
+    @property
+    def alike(self) -> bool:
+        """Whether these are, but for a few, the kernels of the rehearsal."""
+        return self.strangers + self.missing <= _ALIKE * len(self.placed)
 
 
 @dataclass(slots=True)
@@ -98,11 +115,13 @@ def attribute(
         clock: "device" adds up kernels and copies, "host" the thread that the step ran in.
         events: whether to list them for a timeline, too.
         rehearsed: where the same kernels belonged in an earlier step, whose word goes before that of their launches.
+            Where nothing of the host was recorded, a kernel that is not among them is its forerunner's.
     """
     step = next(record for record in records if record.name == STEP)
     inside = [record for record in records if step.start <= record.start < step.end]
     waits = [record for record in inside if record.kind == "collective"] if clock == "host" else []
     walk = _Walk(step, names, clock, events, waits)
+    walk.watched = any(record.kind == "host" and record is not step for record in inside)
     for record in inside:
         if record.kind == "host":
             walk.host(record)
@@ -117,21 +136,28 @@ def attribute(
 
 
 class _Follow:
-    """Finds kernels in the rehearsal, in order; some that are only here, or only there, do not lead it astray."""
+    """Finds kernels in the rehearsal, in order, stream by stream if they are the same streams; some that are only here,
+    or only there, do not lead it astray."""
 
-    def __init__(self, rehearsed: Sequence[Placed]) -> None:
-        self._rehearsed = rehearsed
-        self._next = 0
-        self.strangers = 0
+    def __init__(self, rehearsed: Sequence[Placed], rows: Collection[int]) -> None:
+        self._by_row = set(rows) <= {placed.row for placed in rehearsed}
+        self._rehearsed: dict[int, list[Placed]] = defaultdict(list)
+        for placed in rehearsed:
+            self._rehearsed[placed.row * self._by_row].append(placed)
+        self._next: dict[int, int] = defaultdict(int)
+        self._any = bool(rehearsed)
+        self.strangers, self.missing = 0, len(rehearsed)
 
-    def find(self, name: str) -> tuple[str, Phase] | None:
+    def find(self, name: str, row: int) -> Placed | None:
         """Where that kernel, the next of the step, belongs."""
-        ahead = self._rehearsed[self._next : self._next + _AHEAD]
-        for position, (known, module, phase) in enumerate(ahead):
-            if known == name:
-                self._next += position + 1
-                return module, phase
-        self.strangers += bool(self._rehearsed)
+        row *= self._by_row
+        start = self._next[row]
+        for position, known in enumerate(self._rehearsed[row][start : start + _AHEAD], start):
+            if known.name == name:
+                self._next[row] = position + 1
+                self.missing -= 1
+                return known
+        self.strangers += self._any
         return None
 
 
@@ -142,6 +168,8 @@ class _Walk:
         self._names = names
         self._on_host = clock == "host"
         self._events = events
+        #: Whether there are records of the host.
+        self.watched = True
         self._stacks: dict[int, list[_Frame]] = defaultdict(lambda: [_Frame(step.end, "", "forward")])
         self._made: dict[int, _Made] = defaultdict(_Made)
         #: Of the node that was evaluated last in a thread: adding to ``.grad`` follows the node that completes it.
@@ -243,27 +271,35 @@ class _Walk:
     # ---- the device ----
 
     def device(self, records: Sequence[Record], rehearsed: Sequence[Placed]) -> None:
-        """Kernels and copies, by begin."""
-        busy, reached, follow = 0, self._step.start, _Follow(rehearsed)
+        """Kernels and copies, by begin. An instant in which several run is the first one's, so that own times add up.
+        Those that communicate are apart, and count in full."""
+        reached = covered = self._step.start
+        busy = 0
+        nowhere: tuple[str, Phase] = "", "forward"
+        last = nowhere
+        follow = _Follow(rehearsed, {record.row for record in records})
         for record in records:
-            start, end = max(record.start, reached), max(record.end, reached)
-            busy, reached = busy + end - start, end
-            module, phase = follow.find(record.name) or self._launched(record)
-            self.found.placed.append((record.name, module, phase))
+            start, end = max(record.start, covered), max(record.end, covered)
+            busy, covered = busy + end - start, end
+            found = follow.find(record.name, record.row)
+            launched = self._launched(record) or (nowhere if self.watched else last)
+            module, phase = last = (found.module, found.phase) if found else launched
+            self.found.placed.append(Placed(record.name, module, phase, record.row))
             communicates = record.name.startswith(_NCCL)
             if communicates:
                 self._communicated(record.name, record.end - record.start, calls=1)
             else:
-                self._spend(module, phase, record.name, record.end - record.start, calls=1)
+                alone = max(record.end, reached) - max(record.start, reached)
+                reached = max(record.end, reached)
+                self._spend(module, phase, record.name, alone, calls=1)
             if self._events:
                 kind: EventKind = "communication" if communicates else "copy" if record.kind == "copy" else "kernel"
                 self._event(record, kind, f"stream {record.row}", record.name, module, phase)
-        self.found.strangers = follow.strangers
+        self.found.strangers, self.found.missing = follow.strangers, follow.missing
         self.found.idle = (self._step.end - self._step.start - busy) / 1e9
 
-    def _launched(self, record: Record) -> tuple[str, Phase]:
-        found = self._records.get(record.linked) or self._launches.get(record.correlation)
-        return found or ("", "forward")
+    def _launched(self, record: Record) -> tuple[str, Phase] | None:
+        return self._records.get(record.linked) or self._launches.get(record.correlation)
 
     # ---- the timeline ----
 

@@ -55,8 +55,7 @@ class Ranges:
         Raises (on entering):
             ProfilerError: a counter or another timer is open.
         """
-        if observed():
-            raise ProfilerError("something is counted or timed already in this process: leave that first")
+        assert_nobody_observes()
         self._thread = threading.get_ident()
         with ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
@@ -126,6 +125,14 @@ class Ranges:
         """A function that is ``priced`` is one operator here too."""
         with _RecordFunctionFast(f"{FUNCTION}{name}"):
             return function(*args, **kwargs)
+
+
+def assert_nobody_observes() -> None:
+    """Raises:
+    ProfilerError: a counter or another timer is open.
+    """
+    if observed():
+        raise ProfilerError("something is counted or timed already in this process: leave that first")
 
 
 def _within(compiled: nn.Module) -> nn.Module:

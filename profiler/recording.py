@@ -56,11 +56,12 @@ class Record:
 
 
 @contextmanager
-def recording(device: torch.device) -> Iterator[list[Record]]:
+def recording(device: torch.device, host: bool = True) -> Iterator[list[Record]]:
     """Record what runs inside, in all threads that work for this one; the list is filled on leaving, by begin.
 
     Args:
         device: of a GPU, kernels and copies are recorded too; the caller waits for them before it leaves.
+        host: record operators, nodes and ranges. They are nearly all that recording costs.
 
     Raises (on entering):
         ProfilerError: torch's profiler is running already: there is one in a process.
@@ -69,7 +70,8 @@ def recording(device: torch.device) -> Iterator[list[Record]]:
         raise ProfilerError("torch's profiler is running: leave it before something is timed")
     records: list[Record] = []
     # Shapes, stacks and memory stay off: each costs more than all the rest.
-    with _quiet(), profile(use_kineto=True, use_device="cuda" if device.type == "cuda" else None) as found:
+    on = "cuda" if device.type == "cuda" else None
+    with _quiet(), profile(use_kineto=True, use_device=on, use_cpu=host) as found:
         yield records
     records += records_of(found, device)
 

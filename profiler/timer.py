@@ -1,7 +1,8 @@
 """Timing one step at a time: ``Timer`` around steps of any code, ``timed`` for a function. docs/profiler.md says how.
 
-torch's profiler records, and while a step is timed there are two hooks on modules (``ranges.py``), which go with it.
-Between the steps, and in those that are not timed, there is nothing.
+torch's profiler records, and there are two hooks on modules (``ranges.py``), which go with it. On a GPU that is so in
+a rehearsal alone: steps behind it record kernels and nothing of the host, and a kernel belongs where the same one, in
+the same order, belonged in the rehearsal. Between the steps, and in those that are not timed, there is nothing.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torch._C._profiler import _RecordFunctionFast
 
 from profiler.attribution import OPTIMIZER, STEP, Measured, Placed, attribute
 from profiler.errors import ProfilerError
-from profiler.ranges import Ranges
-from profiler.recording import recording
+from profiler.ranges import Ranges, assert_nobody_observes
+from profiler.recording import Record, recording
 from profiler.times import Clock, Timing
 
 _LOG = logging.getLogger("slipstream.profiler.timer")
@@ -46,39 +47,49 @@ class Timer:
         self._clock: Clock = "device" if self._device.type == "cuda" else "host"
         self._events = events
         self._ranges = Ranges(model)
-        self._rehearsed: tuple[Placed, ...] | None = None
+        self._rehearsed: tuple[Placed, ...] = ()
+        #: Whether steps have the kernels of the rehearsal, as far as is known.
+        self._alike = True
         self._steps: list[Measured] = []
         self._plain: list[float] = []
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
-        """Time a step that is not kept. torch's profiler sets itself up, which takes seconds on a GPU; and if what runs
-        is slipstream's runtime on a GPU, it runs launch by launch, from which later steps know the parts of a model
-        that its CUDA graphs do not tell: the same kernels come in the same order.
+        """Time a step that is not kept. torch's profiler sets itself up, which takes seconds on a GPU; and later steps
+        know from it whose kernels are, in the same order, without the host being watched. If what runs is slipstream's
+        runtime, it runs launch by launch, which tells the parts of a model that its CUDA graphs do not.
 
         Raises (on entering):
             ProfilerError: as ``step``.
         """
-        measured: list[Measured] = []
-        with self._measuring(measured, regions=True):
+        found: list[Measured] = []
+        with self._watched(found, regions=True):
             yield
-        if self._clock == "device" and self._ranges.heard:
-            self._rehearsed = tuple(measured[0].placed)
+        self._rehearsed = tuple(found[0].placed)
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Time what runs inside as one step. One that raises is not kept.
 
+        On a GPU, behind a rehearsal: if more than a few kernels are not those of the rehearsal (layers that drop out at
+        random, say), the steps to come are watched on the host as well, which costs more, and are the ones that count.
+
         Raises (on entering):
             ProfilerError: a counter or torch's profiler is running, or another step is being timed.
         """
-        with self._measuring(self._steps, regions=self._rehearsed is None):
+        follows = bool(self._rehearsed) and self._alike and not self._events
+        found: list[Measured] = []
+        with self._followed(found) if follows else self._watched(found, regions=not self._rehearsed):
             yield
-        if self._steps[-1].strangers:
+        (measured,) = found
+        self._steps.append(measured)
+        if not measured.alike:
+            self._alike = False
+            kernels = len(measured.placed)
             _LOG.warning(
-                "%d of %d kernels of a step were not in its rehearsal: they count where they were launched",
-                self._steps[-1].strangers,
-                len(self._steps[-1].placed),
+                "of %d kernels of a step %d were not in its rehearsal, and %d that were did not come: %s",
+                *(kernels, measured.strangers, measured.missing),
+                "the steps to come are watched on the host" if follows else "those count where they were launched",
             )
 
     @contextmanager
@@ -108,7 +119,8 @@ class Timer:
         """
         if not self._steps:
             raise ProfilerError("no step has been timed: run one in `with timer.step():`")
-        middle = sorted(self._steps, key=lambda step: step.seconds)[(len(self._steps) - 1) // 2]
+        steps = [step for step in self._steps if step.alike] or self._steps
+        middle = sorted(steps, key=lambda step: step.seconds)[(len(steps) - 1) // 2]
         return Timing(
             clock=self._clock,
             modules=middle.modules,
@@ -116,19 +128,34 @@ class Timer:
             step_seconds=middle.seconds,
             idle_seconds=middle.idle,
             plain_seconds=statistics.median(self._plain) if self._plain else 0.0,
-            steps=len(self._steps),
+            steps=len(steps),
             warm_up=warm_up,
             events=tuple(middle.events),
         )
 
     @contextmanager
-    def _measuring(self, found: list[Measured], regions: bool) -> Iterator[None]:
+    def _watched(self, found: list[Measured], regions: bool) -> Iterator[None]:
+        """The host tells whose the kernels are, and the rehearsal, if there was one, those of the runtime's graphs."""
         with recording(self._device) as records, self._ranges.opened(regions):
             self._wait()
             with _RecordFunctionFast(STEP):
                 yield
                 self._wait()
-        found.append(attribute(records, self._ranges.names, self._clock, self._events, self._rehearsed or ()))
+        rehearsed = self._rehearsed if self._ranges.heard else ()
+        found.append(attribute(records, self._ranges.names, self._clock, self._events, rehearsed))
+
+    @contextmanager
+    def _followed(self, found: list[Measured]) -> Iterator[None]:
+        """The rehearsal alone tells whose the kernels are."""
+        assert_nobody_observes()
+        with recording(self._device, host=False) as records:
+            self._wait()
+            start = time.time_ns()  # the clock that torch's profiler gives its times in
+            yield
+            self._wait()
+            end = time.time_ns()
+        step = Record(STEP, "host", start, end, row=0, correlation=-1)  # 0 is what kernels have that nothing is around
+        found.append(attribute([step, *records], (), "device", False, self._rehearsed))
 
     def _wait(self) -> None:
         if self._device.type == "cuda":

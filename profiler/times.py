@@ -50,8 +50,9 @@ class Event:
 class Timing:
     """One step's time, the median of several, and whose it is.
 
-    ``busy_seconds`` and ``idle_seconds`` add up to ``step_seconds``, but for kernels that ran at the same time on
-    several streams: each of them counts in full.
+    ``busy_seconds`` and ``idle_seconds`` add up to ``step_seconds``. Where kernels ran at the same time (on several
+    streams, or one that waits for the end of another), an instant is that one's which began first. Communication counts
+    in full, so that what of it was hidden behind kernels is in excess.
     """
 
     clock: Clock

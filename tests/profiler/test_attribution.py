@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from profiler.attribution import MODULE, STEP, attribute
+from profiler.attribution import MODULE, STEP, Placed, attribute
 from profiler.recording import Record
 from profiler.times import Spent
 
@@ -131,7 +131,7 @@ def test_communication_is_apart_and_streams_may_overlap():
         events=True,
     )
     assert seconds(found.communication) == {"ncclDevKernel_AllReduce_Sum_bf16_RING_LL": 200}
-    assert seconds(found.modules["top.first"]["forward"]) == {"gemm": 200, "Memcpy PtoP": 10}
+    assert seconds(found.modules["top.first"]["forward"]) == {"gemm": 200, "Memcpy PtoP": 0}, "within gemm's"
     assert found.idle == pytest.approx(700e-9), "busy from 100 to 400"
     assert [(event.kind, event.track) for event in found.events] == [
         ("module", "host"),
@@ -171,7 +171,7 @@ def test_waiting_for_a_collective_between_cpus_is_communication():
 def test_a_rehearsal_tells_what_a_graph_does_not():
     names = ["norm", "gemm", "norm", "gemm", "head"]
     modules = ["first", "first", "last", "last", ""]
-    rehearsed = [(name, module, "forward") for name, module in zip(names, modules, strict=True)]
+    rehearsed = [Placed(name, module, "forward") for name, module in zip(names, modules, strict=True)]
     played = ["Memcpy HtoD", *names[:3], "extra", *names[3:]]
     replay = [kernel(name, 100 + 10 * at, 105 + 10 * at, correlation=7) for at, name in enumerate(played)]
     found = attributed(STEPS, module(0, 10, 90, 2), launch(50, 7), *replay, rehearsed=rehearsed)
@@ -183,3 +183,44 @@ def test_a_rehearsal_tells_what_a_graph_does_not():
     }
     assert found.strangers == 2
     assert attributed(STEPS, module(0, 10, 90, 2), launch(50, 7), *replay).strangers == 0
+
+
+def test_a_step_of_kernels_alone_follows_its_rehearsal():
+    """Stream by stream, in whatever order those take turns; what is new is its forerunner's."""
+    order = [("gemm", "first", 7), ("copy", "head", 9), ("gemm", "last", 7), ("copy", "loss", 9)]
+    rehearsed = [Placed(name, module, "backward", row) for name, module, row in order]
+    played = [("copy", 9), ("copy", 9), ("gemm", 7), ("new", 7), ("gemm", 7)]
+    replay = [kernel(name, 100 + 10 * at, 105 + 10 * at, row=row) for at, (name, row) in enumerate(played)]
+    step = host(STEP, 0, 1000, -1, row=0)
+    found = attributed(step, launch(50, 7), *replay, rehearsed=rehearsed)
+    assert {name: dict(phases) for name, phases in found.modules.items()} == {
+        "head": {"backward": {"copy": Spent(pytest.approx(5e-9), 1)}},
+        "loss": {"backward": {"copy": Spent(pytest.approx(5e-9), 1)}},
+        "first": {"backward": {"gemm": Spent(pytest.approx(5e-9), 1), "new": Spent(pytest.approx(5e-9), 1)}},
+        "last": {"backward": {"gemm": Spent(pytest.approx(5e-9), 1)}},
+    }
+    assert (found.strangers, found.missing, found.alike) == (1, 0, False)
+
+
+def test_steps_that_lack_layers_are_not_alike():
+    """Their kernels have the names of those that are missing."""
+    layers = [Placed(name, f"layers.{layer}", "forward", STREAM) for layer in range(9) for name in ("norm", "gemm")]
+    played = [kernel(placed.name, 10 * at, 10 * at + 5) for at, placed in enumerate(layers)]
+    step = host(STEP, -5, 1000, -1, row=0)
+    assert attributed(step, *played, rehearsed=layers).alike
+    dropped = attributed(step, *played[:10], rehearsed=layers)
+    assert (dropped.strangers, dropped.missing, dropped.alike) == (0, 8, False)
+
+
+def test_kernels_that_wait_for_others_add_nothing():
+    """Launched early, they wait on the device; and one may end before another that began before it."""
+    found = attributed(
+        STEPS,
+        module(1, 20, 100, 3),
+        kernel("a", 100, 200, linked=3),
+        kernel("b", 150, 300, linked=3),
+        kernel("c", 210, 290, linked=3, row=8),
+        kernel("d", 295, 320, linked=3),
+    )
+    assert seconds(found.modules["top.first"]["forward"]) == {"a": 100, "b": 100, "c": 0, "d": 20}
+    assert found.idle == pytest.approx(780e-9)

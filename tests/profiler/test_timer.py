@@ -17,7 +17,7 @@ from torch.nn.modules import module as hooks
 from torch.optim import SGD, AdamW
 from torch.utils.checkpoint import checkpoint
 
-from ops.costs import Cost, Parameters, observed, priced, region
+from ops.costs import Cost, Weight, observed, priced, region
 from profiler import Counter, ProfilerError, Timer, Timing, count, timed
 from profiler.attribution import STEP, attribute
 from profiler.recording import records_of
@@ -216,7 +216,7 @@ def test_regions_and_priced_functions():
         return x.mul(2).add(1)
 
     def step():
-        with region("layers.1", "layer"), region("ffn", "ffn", Parameters(3, 12)):
+        with region("layers.1", "layer"), region("ffn", "ffn", (Weight(1, 3, 12),)):
             ours(torch.ones(2))
 
     found = measured(step)

@@ -196,3 +196,52 @@ def test_energy_is_that_of_a_gpu_at_work():
     joules = energy(lambda: run(model), DEVICE)
     assert joules is not None
     assert 20 < joules.joules / found.plain_seconds < 2000, "watts"
+
+
+def test_steps_that_are_not_those_of_their_rehearsal_are_watched(caplog):
+    """The first such step shows it, the others count; each kernel is where it belongs."""
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(8))).to(DEVICE)
+    rows = torch.randn(64, 256, device=DEVICE)
+
+    def step(layers):
+        result = rows
+        for layer in model[:layers]:
+            result = layer(result)
+
+    timer = Timer(model, DEVICE)
+    with timer.rehearsal():
+        step(8)
+    for _ in range(3):
+        with timer.step():
+            step(3)
+    found = timer.timing()
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert found.steps == 2
+    assert {name for name in found.modules if products(found, name, "forward")} == {"0", "1", "2"}
+
+
+def test_where_kernels_belong_does_not_depend_on_watching():
+    """The same step with the host watched, for a timeline, and followed by its kernels alone."""
+    model = Net("plain").to(DEVICE)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    rows = torch.randn(3, 4, device=DEVICE, requires_grad=True)
+
+    def step():
+        model(rows).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def calls(found):
+        return {
+            (module, phase, name): spent.calls
+            for module, phases in found.modules.items()
+            for phase, kernels in phases.items()
+            for name, spent in kernels.items()
+        }
+
+    step()
+    watched, followed = timed(step, model, events=True), timed(step, model)
+    assert watched.events
+    assert not followed.events
+    assert calls(watched) == calls(followed)
+    assert followed.step_seconds == pytest.approx(followed.busy_seconds + followed.idle_seconds)
