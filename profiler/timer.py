@@ -56,8 +56,9 @@ class Timer:
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
         """Time a step that is not kept. torch's profiler sets itself up, which takes seconds on a GPU; and later steps
-        know from it whose kernels are, in the same order, without the host being watched. If what runs is slipstream's
-        runtime, it runs launch by launch, which tells the parts of a model that its CUDA graphs do not.
+        know from it whose kernels are, in the same order, without the host being watched: it should not be the first,
+        which makes an optimizer's state and the like. If what runs is slipstream's runtime, it runs launch by launch,
+        which tells the parts of a model that its CUDA graphs do not.
 
         Raises (on entering):
             ProfilerError: as ``step``.
@@ -83,13 +84,15 @@ class Timer:
             yield
         (measured,) = found
         self._steps.append(measured)
-        if not measured.alike:
-            self._alike = False
-            kernels = len(measured.placed)
+        if measured.alike:
+            return
+        # The runtime's rehearsal has a few launches that its graphs have not, and tells more than the host could.
+        self._alike = self._ranges.heard
+        if measured.strangers or not self._ranges.heard:
             _LOG.warning(
-                "of %d kernels of a step %d were not in its rehearsal, and %d that were did not come: %s",
-                *(kernels, measured.strangers, measured.missing),
-                "the steps to come are watched on the host" if follows else "those count where they were launched",
+                "of %d kernels of a step %d were not in its rehearsal, and %d that were did not come%s",
+                *(len(measured.placed), measured.strangers, measured.missing),
+                "" if self._alike else ": the steps to come are watched on the host",
             )
 
     @contextmanager

@@ -33,6 +33,8 @@ def run(model):
 
 
 def measured(step, model=None):
+    step()
+    step()
     timer = Timer(model, DEVICE)
     with timer.rehearsal():
         step()
@@ -113,6 +115,8 @@ def test_the_optimizer_and_copies():
         optimizer.step()
         next(model.parameters())[0, 0].item()
 
+    step()
+    step()
     with timer.rehearsal():
         step()
     with timer.step():
@@ -156,7 +160,7 @@ def test_kernels_that_no_operator_launches_belong_to_their_module():
 
     model = nn.Sequential(nn.Tanh(), Doubles())
     found = measured(lambda: model(torch.ones(1000, device=DEVICE)), model)
-    assert list(found.modules["1"]["forward"]) == ["double"]
+    assert list(found.modules["1"]["forward"]) == ["double"], found.modules
 
 
 @pytest.mark.parametrize("name", ["bert-base", "gpt2"])
