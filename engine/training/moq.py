@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -54,6 +54,8 @@ class MoQ(Feature):
         self._prepared: dict[int, Tensor] = {}  # by weight, for the current step
         self._masters: dict[int, Tensor] = {}  # what parameters held that hold rounded weights now
 
+        self._until_backward_end = ExitStack()
+
     # ---- hooks ----
 
     def setup(self, progress: Progress) -> None:
@@ -80,7 +82,7 @@ class MoQ(Feature):
         self._restore()
         for at, weight in enumerate(self.weights):
             stage = weight.schedule.advance(self.stages[at], progress.step)
-            if stage is not self.stages[at] and weight.block is not None and stage.bits > weight.schedule.target_bits:
+            if stage is not self.stages[at] and self._has_factor(weight, stage):
                 self._lost.add(at)
             self.stages[at] = stage
         self._kept = [w.schedule.kept(s, progress.step) for w, s in zip(self.weights, self.stages, strict=True)]
@@ -88,11 +90,12 @@ class MoQ(Feature):
 
     @contextmanager
     def forward_context(self, progress: Progress) -> Iterator[None]:
-        """Puts the rounded weights in. They stay until the backward pass has ended."""
+        """Puts the rounded weights in. They stay until the backward pass has ended, which may compute blocks again."""
         self._put(self._prepared)
+        if self._asks(progress):  # of attention's kernels the only one with a second derivative
+            self._until_backward_end.enter_context(sdpa_kernel(SDPBackend.MATH))
         try:
-            with _differentiable_twice() if self._asks(progress) else nullcontext():
-                yield
+            yield
         except BaseException:
             self._restore()
             raise
@@ -100,8 +103,7 @@ class MoQ(Feature):
     def loss(self, progress: Progress, loss: Tensor) -> Tensor:
         """Asks for eigenvalues with the first micro-batch of a step in which a bit was lost and others are to be."""
         if self._asks(progress):
-            with _differentiable_twice():
-                self._stretch(loss)
+            self._stretch(loss)
         return loss
 
     def backward_end(self, progress: Progress) -> None:
@@ -243,9 +245,14 @@ class MoQ(Feature):
         for at, tensor in self._masters.items():
             self.weights[at].parameter.data = tensor
         self._masters = {}
+        self._until_backward_end.close()
+
+    def _has_factor(self, weight: RoundedWeight, stage: Stage) -> bool:
+        """Whether eigenvalues have a say in when the next bit goes."""
+        return self.curvature is not None and weight.block is not None and stage.bits > weight.schedule.target_bits
 
     def _asks(self, progress: Progress) -> bool:
-        return self.curvature is not None and bool(self._lost) and progress.micro_batch == 0
+        return bool(self._lost) and progress.micro_batch == 0
 
     def _stretch(self, loss: Tensor) -> None:
         """Finds the eigenvalues at the rounded weights, and the next periods of blocks that have just lost a bit."""
@@ -266,8 +273,3 @@ class MoQ(Feature):
 
 def _mean(values: Sequence[float], sizes: Sequence[int], among: Sequence[int]) -> float:
     return sum(values[at] * sizes[at] for at in among) / sum(sizes[at] for at in among)
-
-
-def _differentiable_twice() -> Any:
-    """Of attention's kernels the only one with a second derivative."""
-    return sdpa_kernel(SDPBackend.MATH)

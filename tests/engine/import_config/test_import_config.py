@@ -93,6 +93,14 @@ EXPECTED: dict[str, tuple[Document, Document]] = {
             "precision": "fp16",
             "training": {"train_batch_size": 32, "loss_scale": {"initial": 65536.0, "growth_interval": 1000}},
             "optimizer": {"type": "AdamW", "lr": 2e-5, "weight_decay": 0.0},
+            "quantize_training": {
+                "enabled": True,
+                "start_bits": 16,
+                "target_bits": 8,
+                "quantize_period": 400,
+                "schedule_offset": 0,
+                "quantize_groups": 8,
+            },
         },
     ),
     "1-bit": (
@@ -190,15 +198,76 @@ def test_no_key_is_passed_over(name: str) -> None:
 
 
 def test_features_to_come_are_said_to_be_missing() -> None:
-    moq = fates(import_config(MOQ))
     cycle, inference = fates(import_config(ONE_CYCLE)), fates(import_config(INFERENCE))
-    assert moq["quantize_training"] is Fate.LATER
     assert (cycle["flops_profiler.top_modules"], cycle["wall_clock_breakdown"]) == (Fate.MAPPED, Fate.DROPPED)
     assert inference["tensor_parallel.tp_size"] is Fate.LATER
     assert fates(import_config({"dtype": "int8"}))["dtype"] is Fate.LATER
     new_spelling = {"weight_quantization": {"shared_parameters": {"enabled": True}, "different_groups": {"wq1": {}}}}
     found = import_config({"train_batch_size": 1, "compression_training": new_spelling})
     assert fates(found)["compression_training.weight_quantization"] is Fate.LATER
+
+
+def test_quantization_with_all_its_keys() -> None:
+    source: Document = {
+        "train_batch_size": 8,
+        "quantize_training": {
+            "enabled": True,
+            "quantize_verbose": True,
+            "quantize_bits": {"start_bits": 12, "target_bits": 6},
+            "quantize_schedule": {"quantize_period": 10, "schedule_offset": 20},
+            "quantize_algo": {"q_type": "asymmetric", "rounding": "stochastic"},
+            "fp16_mixed_quantize": {"enabled": True, "quantize_change_ratio": 0.01},
+            "eigenvalue": {
+                "enabled": True,
+                "max_iter": 50,
+                "tol": 0.1,
+                "layer_name": "bert.encoder.layer",
+                "layer_num": 12,
+            },
+        },
+    }
+    found = import_config(source)
+    section = found.document["quantize_training"]
+    assert section == {
+        "enabled": True,
+        "start_bits": 12,
+        "target_bits": 6,
+        "quantize_period": 10,
+        "schedule_offset": 20,
+        "q_type": "asymmetric",
+        "rounding": "stochastic",
+        "quantize_change_ratio": 0.01,
+        "eigenvalue": {"enabled": True, "max_iter": 50, "tol": 0.1, "layer_name": "bert.encoder.layer"},
+    }
+    fate = fates(found)
+    assert fate["quantize_training.quantize_schedule.quantize_period"] is Fate.CHECK, "no steps in DeepSpeed"
+    assert fate["quantize_training.quantize_groups"] is Fate.CHECK, "one scale a weight, here one a row"
+    assert fate["quantize_training.eigenvalue.layer_num"] is Fate.DROPPED
+    second = source["quantize_training"].pop("eigenvalue")
+    assert import_config({**source, "eigenvalue": second}).document["quantize_training"] == section
+
+
+def test_quantization_with_deepspeeds_defaults() -> None:
+    mixed = {"enabled": True, "fp16_mixed_quantize": {"enabled": True}, "eigenvalue": {"enabled": False}}
+    found = import_config({"train_batch_size": 8, "quantize_training": mixed, "eigenvalue": {"enabled": True}})
+    assert found.document["quantize_training"] == {
+        "enabled": True,
+        "start_bits": 16,
+        "quantize_period": 1000,
+        "schedule_offset": 1000,
+        "quantize_change_ratio": 0.001,
+    }
+    fate = fates(found)
+    assert fate["quantize_training.quantize_bits.target_bits"] is Fate.CHECK
+    assert (fate["quantize_training.eigenvalue"], fate["eigenvalue"]) == (Fate.OFF, Fate.DROPPED)
+    alone = fates(import_config({"train_batch_size": 8, "eigenvalue": {"enabled": True}}))
+    assert alone["eigenvalue"] is Fate.DROPPED
+
+
+def test_bits_that_rise_are_told_at_deepspeeds_keys() -> None:
+    bits = {"enabled": True, "quantize_bits": {"start_bits": 4, "target_bits": 17}}
+    with pytest.raises(ConfigError, match=r"\$.quantize_training.quantize_bits.target_bits: as \$.quantize_training"):
+        import_config({"train_batch_size": 8, "quantize_training": bits})
 
 
 def test_what_is_off_is_told_as_off() -> None:
@@ -439,8 +508,11 @@ def test_every_key_with_a_reason_gives_a_row(key: str) -> None:
     if "scheduler" in source:
         source["scheduler"]["type"] = "WarmupLR"
     switched = {"fp16", "bf16", "amp", "torch_autocast", "progressive_layer_drop", "flops_profiler"}
+    switched |= {"quantize_training", "eigenvalue"}
     for section in switched & source.keys():
         source[section]["enabled"] = True
+    if "eigenvalue" in sections:
+        source.setdefault("quantize_training", {"enabled": True}).setdefault("eigenvalue", {})["enabled"] = True
     if sections and sections[-1] in ("activation_checkpointing", "offload_optimizer", "offload_param"):
         key = ".".join(sections)  # a section that has one row as a whole
         assert key in fates(import_config(source))
