@@ -295,6 +295,9 @@ class TrainingPlan:
         ]
         if drop is not None and drop.enabled:
             lines.append(f"layers are dropped in {find_stack(model, drop.paths)}")
+        bits = self.config.quantize_training
+        if bits is not None and bits.enabled:
+            lines.append(f"weights are rounded from {bits.start_bits} to {bits.target_bits} bits")
         return "\n".join(lines)
 
     def explain(self, model: nn.Module) -> str:
