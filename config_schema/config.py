@@ -21,6 +21,7 @@ from config_schema.job import Job
 from config_schema.model import Model
 from config_schema.optimizer import Optimizer
 from config_schema.progressive_layer_drop import ProgressiveLayerDrop
+from config_schema.quantize_training import QuantizeTraining
 from config_schema.reader import Json
 from config_schema.schedule import Schedule
 from config_schema.section import Section
@@ -73,6 +74,9 @@ class Config(Section):
 
     progressive_layer_drop: ProgressiveLayerDrop | None = Field(default=None, title="Progressive Layer Drop")
     """Leaves out residual blocks while training."""
+
+    quantize_training: QuantizeTraining | None = Field(default=None, title="Quantize Training")
+    """Rounds weights while training, to fewer and fewer bits."""
 
     flops_profiler: FlopsProfiler | None = Field(default=None, title="Flops Profiler")
     """A profile of training: FLOPs, time and limits, module by module."""

@@ -170,6 +170,41 @@ def _one_clock_for_layer_drop(config: Config) -> list[Problem]:
     ]
 
 
+def _bits_fall(config: Config) -> list[Problem]:
+    chosen = config.quantize_training
+    if chosen is None:
+        return []
+    problems, path = [], "$.quantize_training"
+    places = [("", chosen.start_bits, chosen.target_bits)]
+    for index, rule in enumerate(chosen.rules):
+        start, target = rule.start_bits or chosen.start_bits, rule.target_bits or chosen.target_bits
+        places.append((f".rules[{index}]", start, target))
+        if rule.start_bits is None and rule.target_bits is None and rule.quantize_period is None:
+            reason = "changes nothing: give start_bits, target_bits or quantize_period; $.quantize_training.exclude "
+            problems.append(Problem(f"{path}.rules[{index}]", f"{reason}leaves modules out"))
+    for place, start, target in places:
+        if target > start:
+            problems.append(Problem(f"{path}{place}", f"target_bits {target} is more than start_bits, {start}"))
+    if chosen.group_size is not None and chosen.quantize_groups is not None:
+        problems.append(Problem(f"{path}.quantize_groups", "contradicts group_size: give one of them"))
+    return problems
+
+
+def _weights_are_whole(config: Config) -> list[Problem]:
+    """What rounding needs of the rest of training."""
+    chosen, training = config.quantize_training, config.training
+    if chosen is None or not chosen.enabled or training is None:
+        return []
+    problems = []
+    if training.data_parallel == "shard":
+        reason = "groups of $.quantize_training need whole weights"
+        problems.append(Problem("$.training.data_parallel", f'"shard": {reason}; make it "replicate"'))
+    if chosen.eigenvalue is not None and chosen.eigenvalue.enabled and training.compile:
+        reason = "compiled models have no second derivatives: set $.training.compile to false, or remove this"
+        problems.append(Problem("$.quantize_training.eigenvalue", reason))
+    return problems
+
+
 def _warm_up_fits(config: Config) -> list[Problem]:
     schedule, training = config.schedule, config.training
     if schedule is None:
@@ -276,7 +311,9 @@ RULES = (
     Rule(frozenset({"generation"}), _sampling_options_apply),
     Rule(frozenset({"job"}), _output_is_not_input),
     Rule(
-        frozenset({"model", "training", "optimizer", "schedule", "progressive_layer_drop", "data"}),
+        frozenset(
+            {"model", "training", "optimizer", "schedule", "progressive_layer_drop", "quantize_training", "data"}
+        ),
         _training_sections_train,
     ),
     Rule(frozenset({"model", "data"}), _data_fit_task),
@@ -286,6 +323,8 @@ RULES = (
     Rule(frozenset({"training"}), _batch_sizes_agree),
     Rule(frozenset({"training", "precision"}), _loss_scale_needs_fp16),
     Rule(frozenset({"progressive_layer_drop"}), _one_clock_for_layer_drop),
+    Rule(frozenset({"quantize_training"}), _bits_fall),
+    Rule(frozenset({"quantize_training", "training"}), _weights_are_whole),
     Rule(frozenset({"schedule", "training"}), _warm_up_fits),
     Rule(frozenset({"schedule"}), _the_schedule_ends),
     Rule(frozenset({"optimizer"}), _bounds_have_room),
@@ -310,4 +349,4 @@ _TASK_OF_DATA: Mapping[str, str] = {
     "regression": "sequence_classification",
     "question_answering": "question_answering",
 }
-_OF_TRAINING = ("optimizer", "schedule", "progressive_layer_drop", "data")
+_OF_TRAINING = ("optimizer", "schedule", "progressive_layer_drop", "quantize_training", "data")

@@ -32,7 +32,10 @@ class Known:
     any_keys: bool = False
 
 
-_MOQ = "quantization while training (MoQ)"
+_COMPRESSION = "write it as $.quantize_training (docs/moq.md)"
+_EIGENVALUES_LOGGED = "eigenvalues are logged"
+_BLOCKS_COUNTED = "blocks are counted"
+_WHEN_ASKED = "eigenvalues are asked for when a bit is lost"
 _TENSOR_PARALLEL = "a model that is split over several GPUs for inference"
 _COMMUNICATION = "a tuning of DeepSpeed's communication; torch's own is used"
 _WHOLE_MODEL = "slipstream reads models of known families itself: $.model.path is enough"
@@ -133,20 +136,25 @@ _TABLE: tuple[tuple[Fate, str, str, str], ...] = (
     (Fate.MAPPED, "tensor_parallel.", "tp_size enabled autotp_size", ""),
     (Fate.MAPPED, "tp.", "tp_size enabled", ""),
     # Features with a place in slipstream that it does not have yet.
-    (Fate.LATER, "", "quantize_training", _MOQ),
-    (Fate.LATER, "quantize_training.", "enabled quantize_verbose quantizer_kernel quantize_type quantize_bits", ""),
-    (Fate.LATER, "quantize_training.", "quantize_schedule quantize_groups quantize_algo fp16_mixed_quantize", ""),
-    (Fate.LATER, "quantize_training.", "eigenvalue", ""),
-    (Fate.LATER, "quantize_training.quantize_bits.", "start_bits target_bits", ""),
-    (Fate.LATER, "quantize_training.quantize_schedule.", "quantize_period schedule_offset", ""),
-    (Fate.LATER, "quantize_training.quantize_algo.", "q_type rounding", ""),
-    (Fate.LATER, "quantize_training.fp16_mixed_quantize.", "enabled quantize_change_ratio", ""),
-    (Fate.LATER, "quantize_training.eigenvalue.", "enabled verbose max_iter tol stability layer_name layer_num", ""),
-    (Fate.LATER, "quantize_training.eigenvalue.", "gas_boundary_resolution", ""),
-    (Fate.LATER, "", "eigenvalue", _MOQ),
-    (Fate.LATER, "eigenvalue.", "enabled verbose max_iter tol stability gas_boundary_resolution", ""),
-    (Fate.LATER, "eigenvalue.", "layer_name layer_num", ""),
-    (Fate.LATER, "compression_training.", "weight_quantization", _MOQ),
+    (Fate.MAPPED, "", "quantize_training eigenvalue", ""),
+    (Fate.MAPPED, "quantize_training.", "enabled quantize_bits quantize_schedule quantize_groups quantize_algo", ""),
+    (Fate.MAPPED, "quantize_training.", "fp16_mixed_quantize eigenvalue", ""),
+    (Fate.DROPPED, "quantize_training.", "quantize_verbose", "metrics.jsonl has the bits of each layer"),
+    (Fate.DROPPED, "quantize_training.", "quantizer_kernel", "there is nothing to choose"),
+    (Fate.DROPPED, "quantize_training.", "quantize_type", "DeepSpeed never read it"),
+    (Fate.MAPPED, "quantize_training.quantize_bits.", "start_bits target_bits", ""),
+    (Fate.MAPPED, "quantize_training.quantize_schedule.", "quantize_period schedule_offset", ""),
+    (Fate.MAPPED, "quantize_training.quantize_algo.", "q_type rounding", ""),
+    (Fate.MAPPED, "quantize_training.fp16_mixed_quantize.", "enabled quantize_change_ratio", ""),
+    (Fate.MAPPED, "quantize_training.eigenvalue.", "enabled max_iter tol stability layer_name", ""),
+    (Fate.DROPPED, "quantize_training.eigenvalue.", "verbose", _EIGENVALUES_LOGGED),
+    (Fate.DROPPED, "quantize_training.eigenvalue.", "layer_num", _BLOCKS_COUNTED),
+    (Fate.DROPPED, "quantize_training.eigenvalue.", "gas_boundary_resolution", _WHEN_ASKED),
+    (Fate.MAPPED, "eigenvalue.", "enabled max_iter tol stability layer_name", ""),
+    (Fate.DROPPED, "eigenvalue.", "verbose", _EIGENVALUES_LOGGED),
+    (Fate.DROPPED, "eigenvalue.", "layer_num", _BLOCKS_COUNTED),
+    (Fate.DROPPED, "eigenvalue.", "gas_boundary_resolution", _WHEN_ASKED),
+    (Fate.LATER, "compression_training.", "weight_quantization", _COMPRESSION),
     (Fate.DROPPED, "compression_training.", "activation_quantization", "activations are not quantized"),
     (Fate.DROPPED, "compression_training.", "sparse_pruning* row_pruning* head_pruning*", "there is no pruning"),
     (Fate.DROPPED, "compression_training.", "channel_pruning* layer_reduction*", "there is no pruning"),

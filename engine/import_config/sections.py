@@ -276,11 +276,12 @@ def _dtype(draft: Draft, key: str, default: str) -> None:
 
 
 def _sections() -> tuple[Callable[[Draft], Any], ...]:
+    from engine.import_config.moq import quantize_training
     from engine.import_config.optimizer import optimizer, scheduler
 
     return (
-        batch, precision, clipping, optimizer, scheduler, parallelism, activations, layer_drop, flops_profiler, logs,
-        inference,
+        batch, precision, clipping, optimizer, scheduler, parallelism, activations, layer_drop, quantize_training,
+        flops_profiler, logs, inference,
     )  # fmt: skip
 
 

@@ -66,6 +66,11 @@ def find_stack(model: nn.Module, paths: str | Sequence[str] | None = None) -> Bl
     return stack
 
 
+def has_stack(model: nn.Module) -> bool:
+    """Whether :func:`find_stack` finds one by itself."""
+    return any(True for _ in _stacks(model))
+
+
 def class_name(module: nn.Module) -> str:
     """The name of a module's class; of the class that was compiled for what ``torch.compile`` returned."""
     return type(getattr(module, "_orig_mod", module)).__name__

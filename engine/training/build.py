@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, Literal, cast
 
@@ -20,14 +21,16 @@ from engine.build import Resolver, device_of, reasons, resolved
 from engine.errors import EngineError
 from engine.training.batch_size import resolve_batch_sizes
 from engine.training.block_stack import find_stack
+from engine.training.curvature import Curvature
 from engine.training.datasets import data_task
 from engine.training.feature import Feature
 from engine.training.gradient_exchange import Exchange
 from engine.training.layer_drop import LayerDrop
 from engine.training.loop import Loop, LossFunction
 from engine.training.model import model_task, outputs_of
+from engine.training.moq import MoQ
 from engine.training.optimizer import build_optimizer
-from engine.training.parallel import join, keep_apart, launched, spread
+from engine.training.parallel import join, keep_apart, launched, mean_of, spread
 from engine.training.precision import LossScale, Mode, Precision
 from engine.training.profile_step import ProfileStep
 from engine.training.ranks import Ranks, ranks
@@ -165,6 +168,8 @@ class TrainingPlan:
                 whole = f"{self.optimizer.type} exchanges whole weights' momenta"
             elif self.settings.gradient_exchange != "full":
                 whole = "gradient_exchange is for copies"
+            elif self.quantize_training is not None:
+                whole = "quantize_training rounds whole weights"
             if whole is not None:
                 return cast(Literal["replicate"], self._once(path, "replicate", whole))
             need = BYTES * sum(parameter.numel() for parameter in model.parameters())
@@ -213,6 +218,23 @@ class TrainingPlan:
         return LayerDrop(chosen.theta, chosen.gamma, total, chosen.paths, chosen.seed)
 
     @cached_property
+    def quantize_training(self) -> MoQ | None:
+        """The feature, if it is on."""
+        chosen = self.config.quantize_training
+        if chosen is None or not chosen.enabled:
+            return None
+        second, curvature = chosen.eigenvalue, None
+        if second is not None and second.enabled:
+            curvature = Curvature(
+                second.max_iter, second.tol, second.stability, chosen.seed, lambda: self.precision.scale, mean_of
+            )
+        return MoQ(chosen, lambda: self.length, curvature)
+
+    def served(self) -> AbstractContextManager[None]:
+        """Around an evaluation: the model computes with the weights that would be served."""
+        return nullcontext() if self.quantize_training is None else self.quantize_training.served()
+
+    @cached_property
     def profile_step(self) -> ProfileStep | None:
         """The feature, if it is on."""
         chosen = self.config.flops_profiler
@@ -246,7 +268,7 @@ class TrainingPlan:
         optimizer = build_optimizer(model, chosen.type, options, decay_all=chosen.decay_all)
         optimizer.register_step_post_hook(updated)
         called = cast(nn.Module, torch.compile(module)) if settings.compile else module
-        own: tuple[Feature | None, ...] = (self.profile_step, drop)
+        own: tuple[Feature | None, ...] = (self.profile_step, drop, self.quantize_training)
         features = (*(feature for feature in own if feature is not None), *exchange)
         return Loop(
             model,
@@ -273,6 +295,9 @@ class TrainingPlan:
         ]
         if drop is not None and drop.enabled:
             lines.append(f"layers are dropped in {find_stack(model, drop.paths)}")
+        bits = self.config.quantize_training
+        if bits is not None and bits.enabled:
+            lines.append(f"weights are rounded from {bits.start_bits} to {bits.target_bits} bits")
         return "\n".join(lines)
 
     def explain(self, model: nn.Module) -> str:

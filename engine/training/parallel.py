@@ -71,6 +71,14 @@ def _join(backend: str, timeout: float | None) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=in_seconds(timeout))
 
 
+def mean_of(tensor: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, in the tensor itself; all of them call it."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
 class Means:
     """The mean of a step's losses over all processes; NaN where one has NaN. A wish to stop travels with them, so that
     all processes stop behind the same step.

@@ -150,7 +150,7 @@ class Trainer:
     def infer(self, batch: Any) -> Any:
         """The model's own outputs in evaluation mode, without gradients."""
         self.model.eval()
-        with torch.no_grad(), self.plan.precision.forward():
+        with torch.no_grad(), self.plan.served(), self.plan.precision.forward():
             return self._caller.outputs_of(self.model, batch)
 
     # ---- data and evaluation ----
@@ -183,7 +183,7 @@ class Trainer:
     def _loss_of(self, batch: Any) -> Tensor:
         """In evaluation mode, without gradients."""
         self.model.eval()
-        with torch.no_grad(), self.plan.precision.forward():
+        with torch.no_grad(), self.plan.served(), self.plan.precision.forward():
             return self._caller.loss_of(self.model, batch)
 
     # ---- saving ----

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from ops.quantization.reference import Rounding, dequantize, fake_quantize, lookup, quantize
+from ops.quantization.schedule import LARGEST_FACTOR, BitSchedule, Stage, factor_of
 from ops.quantization.tensor import QuantizationError, QuantizedTensor, pack_nibbles, unpack_nibbles
 
 __all__ = [
+    "LARGEST_FACTOR",
+    "BitSchedule",
     "QuantizationError",
     "QuantizedTensor",
     "Rounding",
+    "Stage",
     "dequantize",
+    "factor_of",
     "fake_quantize",
     "lookup",
     "pack_nibbles",

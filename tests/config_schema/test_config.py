@@ -59,11 +59,54 @@ BROKEN: dict[str, tuple[dict[str, object], list[str]]] = {
             "optimizer": {"type": "LAMB"},
             "schedule": {},
             "progressive_layer_drop": {"gamma": 0.1},
+            "quantize_training": {},
             "data": {},
         },
         [
             f"$.{name}: has no effect without $.training; add that section, or remove this"
-            for name in ("model.weights", "optimizer", "schedule", "progressive_layer_drop", "data")
+            for name in (
+                "model.weights",
+                "optimizer",
+                "schedule",
+                "progressive_layer_drop",
+                "quantize_training",
+                "data",
+            )
+        ],
+    ),
+    "bits that rise": (
+        with_model(
+            training={"micro_batch_size": 1},
+            quantize_training={
+                "start_bits": 4,
+                "target_bits": 6,
+                "rules": [{"modules": "a", "start_bits": 8}, {"modules": "b", "target_bits": 5}, {"modules": "c"}],
+            },
+        ),
+        [
+            "$.quantize_training.rules[2]: changes nothing: give start_bits, target_bits or quantize_period; "
+            "$.quantize_training.exclude leaves modules out",
+            "$.quantize_training: target_bits 6 is more than start_bits, 4",
+            "$.quantize_training.rules[1]: target_bits 5 is more than start_bits, 4",
+            "$.quantize_training.rules[2]: target_bits 6 is more than start_bits, 4",
+        ],
+    ),
+    "groups said twice": (
+        with_model(
+            training={"micro_batch_size": 1},
+            quantize_training={"group_size": 4, "quantize_groups": 8, "enabled": False},
+        ),
+        ["$.quantize_training.quantize_groups: contradicts group_size: give one of them"],
+    ),
+    "rounding of parts, and of compiled curvature": (
+        with_model(
+            training={"micro_batch_size": 1, "data_parallel": "shard", "compile": True},
+            quantize_training={"eigenvalue": {}},
+        ),
+        [
+            '$.training.data_parallel: "shard": groups of $.quantize_training need whole weights; make it "replicate"',
+            "$.quantize_training.eigenvalue: compiled models have no second derivatives: set $.training.compile to "
+            "false, or remove this",
         ],
     ),
     "a job that lacks what it trains": (
@@ -242,6 +285,13 @@ FINE: dict[str, dict[str, object]] = {
         progressive_layer_drop={"theta": 1.0, "gamma": 0.1},
         data={"train": ["a.txt", "b*.txt"], "labels": ["x", "y"]},
         job={"type": "train"},
+    ),
+    "plain training with few bits": with_model(
+        training={"micro_batch_size": 2, "data_parallel": "replicate", "compile": True},
+        quantize_training={"start_bits": 4, "target_bits": 4, "group_size": 8, "eigenvalue": {"enabled": False}},
+    ),
+    "rounding that is off": with_model(
+        training={"micro_batch_size": 2, "data_parallel": "shard"}, quantize_training={"enabled": False}
     ),
     "steps from Python": with_model(training={"micro_batch_size": 2}),
     "evaluation on what fit() is given": with_model(training={"micro_batch_size": 2, "evaluate_every": 5}),

@@ -10,7 +10,7 @@ from config_schema import ConfigError, Problem, load_config
 
 ROOT_KEYS = (
     "$schema, model, device, precision, kernels, inference, generation, embedding, training, optimizer, schedule, "
-    "progressive_layer_drop, flops_profiler, data, job"
+    "progressive_layer_drop, quantize_training, flops_profiler, data, job"
 )
 JOBS = '"answer", "classify", "classify_tokens", "encode", "fill_mask", "generate", "train"'
 

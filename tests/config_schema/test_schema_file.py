@@ -78,6 +78,34 @@ SHARES = st.just(1) | st.floats(0, 1, exclude_min=True)
 FILES = or_null(PATHS | st.lists(PATHS, min_size=1, max_size=2))
 
 
+def quantization_strategies() -> dict[str, st.SearchStrategy[Any]]:
+    """The keys of "quantize_training"."""
+    bits = {"start_bits": st.integers(1, 16), "target_bits": st.integers(1, 16), "quantize_period": COUNTS}
+    rule = section(
+        {"modules": NAMES | st.lists(NAMES, min_size=1, max_size=2)}, {name: or_null(bits[name]) for name in bits}
+    )
+    second = {
+        "enabled": st.booleans(),
+        "max_iter": COUNTS,
+        "tol": POSITIVE,
+        "stability": POSITIVE,
+        "layer_name": or_null(NAMES),
+    }
+    return {
+        **bits,
+        **{name: st.booleans() for name in ("enabled", "embeddings", "head")},
+        **{name: or_null(COUNTS) for name in ("group_size", "quantize_groups")},
+        "schedule_offset": st.integers(0, 2**31 - 1),
+        "q_type": st.sampled_from(["symmetric", "asymmetric"]),
+        "rounding": st.sampled_from(["nearest", "stochastic"]),
+        "quantize_change_ratio": or_null(SHARES),
+        "exclude": st.lists(NAMES, max_size=2),
+        "rules": st.lists(rule, max_size=2),
+        "eigenvalue": or_null(section({}, second)),
+        "seed": SEEDS,
+    }
+
+
 def training_strategies() -> dict[str, st.SearchStrategy[Any]]:
     """The sections of training, by name."""
     moments = {
@@ -126,6 +154,7 @@ def training_strategies() -> dict[str, st.SearchStrategy[Any]]:
                 "seed": SEEDS,
             },
         ),
+        "quantize_training": section({}, quantization_strategies()),
         "data": section(
             {},
             {
@@ -319,6 +348,7 @@ TRAINED: dict[str, Any] = {
     "optimizer": {"type": "LAMB"},
     "schedule": {"type": "linear"},
     "progressive_layer_drop": {"gamma": 0.1},
+    "quantize_training": {"rules": [{"modules": ["a"], "target_bits": 4}], "exclude": ["b"], "eigenvalue": {}},
     "data": {"train": ["a"], "labels": ["a", "b"]},
 }
 

@@ -93,6 +93,14 @@ EXPECTED: dict[str, tuple[Document, Document]] = {
             "precision": "fp16",
             "training": {"train_batch_size": 32, "loss_scale": {"initial": 65536.0, "growth_interval": 1000}},
             "optimizer": {"type": "AdamW", "lr": 2e-5, "weight_decay": 0.0},
+            "quantize_training": {
+                "enabled": True,
+                "start_bits": 16,
+                "target_bits": 8,
+                "quantize_period": 400,
+                "schedule_offset": 0,
+                "quantize_groups": 8,
+            },
         },
     ),
     "1-bit": (
@@ -190,9 +198,7 @@ def test_no_key_is_passed_over(name: str) -> None:
 
 
 def test_features_to_come_are_said_to_be_missing() -> None:
-    moq = fates(import_config(MOQ))
     cycle, inference = fates(import_config(ONE_CYCLE)), fates(import_config(INFERENCE))
-    assert moq["quantize_training"] is Fate.LATER
     assert (cycle["flops_profiler.top_modules"], cycle["wall_clock_breakdown"]) == (Fate.MAPPED, Fate.DROPPED)
     assert inference["tensor_parallel.tp_size"] is Fate.LATER
     assert fates(import_config({"dtype": "int8"}))["dtype"] is Fate.LATER
@@ -439,8 +445,13 @@ def test_every_key_with_a_reason_gives_a_row(key: str) -> None:
     if "scheduler" in source:
         source["scheduler"]["type"] = "WarmupLR"
     switched = {"fp16", "bf16", "amp", "torch_autocast", "progressive_layer_drop", "flops_profiler"}
+    switched |= {"quantize_training", "eigenvalue"}
     for section in switched & source.keys():
         source[section]["enabled"] = True
+    if "eigenvalue" in source:
+        source["quantize_training"] = {"enabled": True}
+    elif "eigenvalue" in sections:
+        source["quantize_training"]["eigenvalue"]["enabled"] = True
     if sections and sections[-1] in ("activation_checkpointing", "offload_optimizer", "offload_param"):
         key = ".".join(sections)  # a section that has one row as a whole
         assert key in fates(import_config(source))

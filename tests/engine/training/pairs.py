@@ -17,6 +17,7 @@ from tests.engine.training.trained import Stack, config
 #: What each feature says in a configuration.
 FEATURES: dict[str, dict[str, Any]] = {
     "layer_drop": {"progressive_layer_drop": {"theta": 0.3, "gamma": 2.0}},
+    "moq": {"quantize_training": {"start_bits": 7, "target_bits": 5, "quantize_period": 1}},
     "activation_checkpointing": {"training": {"activation_checkpointing": True}},
     "compile": {"training": {"compile": True}},
     "bf16": {"precision": "bf16"},
@@ -28,7 +29,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 #: Those that need several processes; those that change no number; and those that change it by their rounding.
 SPREAD, EXACT, ROUNDED = {"replicate", "shard"}, {"activation_checkpointing", "compile", "replicate", "shard"}, 3e-2
 #: What cannot be chosen together.
-CONTRADICT = [{"bf16", "fp16"}, SPREAD]
+CONTRADICT = [{"bf16", "fp16"}, SPREAD, {"moq", "shard"}]
 #: So many rows that layer drop scales weights, not outputs, on two processes too.
 STEPS, ROWS = 5, 96
 
