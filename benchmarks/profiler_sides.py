@@ -34,7 +34,7 @@ class Found:
     executed: int = 0
     forward: dict[str, int] = field(default_factory=dict)
     backward: dict[str, int] = field(default_factory=dict)
-    #: Calls of operators, and those that nobody gave a cost, by name.
+    #: Calls of operators, the backward pass's too, and those that nobody gave a cost, by name.
     calls: int = 0
     unknown: dict[str, int] = field(default_factory=dict)
     times: dict[str, list[float]] = field(default_factory=dict)
@@ -95,8 +95,8 @@ def slipstream(runs: Runs) -> Found:
         executed=total.executed_flops,
         forward={name: work.flops for name, work in counts.root.operators("forward").items()},
         backward={name: work.flops for name, work in both.root.operators("backward").items()},
-        calls=total.operators,
-        unknown={**counts.unknown, **both.unknown},
+        calls=both.total().operators,
+        unknown=dict(both.unknown),
         times=runs.times({"counted": lambda: counted(runs.forward), "timed": timed}),
     )
 
@@ -146,7 +146,7 @@ def deepspeed(runs: Runs) -> Found:
     outside = Outside()
     outside.watch(theirs, runs.model)
     counted(runs.forward, outside)
-    return Found(flops, macs, times=times, beyond=beyond, calls=outside.calls, unseen=outside.flops)
+    return Found(flops, macs, times=times, beyond=beyond, unseen=outside.flops)
 
 
 class Outside(TorchDispatchMode):
@@ -155,7 +155,6 @@ class Outside(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops: dict[str, int] = {}
-        self.calls = 0
         self._inside = 0
 
     def watch(self, theirs: Any, model: nn.Module) -> None:
@@ -190,11 +189,9 @@ class Outside(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         cost = cost_of(Call(func, args, kwargs or {}, result))
-        if cost is not None and cost.flops:
-            self.calls += 1
-            if not self._inside:
-                name = str(func.overloadpacket)
-                self.flops[name] = self.flops.get(name, 0) + cost.flops
+        if cost is not None and cost.flops and not self._inside:
+            name = str(func.overloadpacket)
+            self.flops[name] = self.flops.get(name, 0) + cost.flops
         return result
 
 

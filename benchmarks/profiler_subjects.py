@@ -42,24 +42,24 @@ def _image(toy: bool) -> dict[str, Tensor]:
 
 
 def bert(toy: bool) -> Subject:
-    """BERT-base, 2 sequences of 128 tokens."""
+    """BERT-base, a sequence of 128 tokens."""
     config = BertConfig(**_SMALL, vocab_size=64) if toy else BertConfig()
-    return BertModel._from_config(config, attn_implementation="sdpa"), {"input_ids": _ids(2, 128, toy)}
+    return BertModel._from_config(config, attn_implementation="sdpa"), {"input_ids": _ids(1, 128, toy)}
 
 
 def gpt2(toy: bool) -> Subject:
-    """GPT-2, 124 M parameters, a sequence of 256 tokens."""
+    """GPT-2, 124 M parameters, a sequence of 128 tokens."""
     small = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64}
     config = GPT2Config(**small if toy else {}, use_cache=False)
-    return GPT2LMHeadModel._from_config(config, attn_implementation="sdpa"), {"input_ids": _ids(1, 256, toy)}
+    return GPT2LMHeadModel._from_config(config, attn_implementation="sdpa"), {"input_ids": _ids(1, 128, toy)}
 
 
 def llama(toy: bool) -> Subject:
-    """A Llama of SmolLM2's sizes (135 M parameters; 9 heads share 3 keys), a sequence of 256 tokens."""
+    """A Llama of SmolLM2's sizes (135 M parameters; 9 heads share 3 keys), a sequence of 128 tokens."""
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
     chosen = {**_SMALL, "num_key_value_heads": 2} if toy else {**sizes, "num_key_value_heads": 3}
     config = LlamaConfig(**chosen, vocab_size=64 if toy else 49152, use_cache=False)
-    return LlamaForCausalLM._from_config(config, attn_implementation="sdpa"), {"input_ids": _ids(1, 256, toy)}
+    return LlamaForCausalLM._from_config(config, attn_implementation="sdpa"), {"input_ids": _ids(1, 128, toy)}
 
 
 def vit(toy: bool) -> Subject:
@@ -87,11 +87,11 @@ def mobilenet(toy: bool) -> Subject:
 
 
 def mixtral(toy: bool) -> Subject:
-    """A small Mixtral: 4 layers, 512 wide, 8 experts of which each token takes 2; a sequence of 256 tokens."""
+    """A small Mixtral: 4 layers, 512 wide, 8 experts of which each token takes 2; a sequence of 128 tokens."""
     sizes = {"hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 4, "num_attention_heads": 8}
     chosen = {**(_SMALL if toy else sizes), "num_key_value_heads": 2, "num_local_experts": 8}
     config = MixtralConfig(**chosen, vocab_size=64 if toy else 32000, use_cache=False)
-    return MixtralForCausalLM._from_config(config, attn_implementation="sdpa"), {"input_ids": _ids(1, 256, toy)}
+    return MixtralForCausalLM._from_config(config, attn_implementation="sdpa"), {"input_ids": _ids(1, 128, toy)}
 
 
 class UNet(nn.Module):
