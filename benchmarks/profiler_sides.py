@@ -131,11 +131,12 @@ def deepspeed(runs: Runs) -> Found:
     def counted(run: Callable[[], object], watching: Any = None) -> tuple[int, int]:
         profiler = theirs.FlopsProfiler(runs.model)
         profiler.start_profile()
-        with watching or nullcontext():
-            run()
-        found = profiler.get_total_flops(), profiler.get_total_macs()
-        profiler.end_profile()
-        return int(found[0]), int(found[1])
+        try:
+            with watching or nullcontext():
+                run()
+            return int(profiler.get_total_flops()), int(profiler.get_total_macs())
+        finally:
+            profiler.end_profile()
 
     try:
         flops, macs = counted(runs.forward)

@@ -77,7 +77,7 @@ def test_the_tables() -> None:
     row = {"slipstream": found(unknown={"mine.op": 2}), "torch": found(macs=500), "DeepSpeed": theirs}
     text = text_of({"mixtral-small": row, "mobilenet-v2": {**row, "DeepSpeed": Found(error="TypeError: no q")}})
     products, operations, costs, unseen = (part.splitlines()[1:] for part in text.split("\n\n"))
-    assert products[2].split() == ["mixtral-small", "500", "1", "K", "1", "K", "0", "900", "-10%"]
+    assert products[2].split() == ["mixtral-small", "500", "1.00", "K", "1.00", "K", "0", "900", "-10%"]
     assert products[3].split()[-2:] == ["error", "-"]
     assert operations[2].split() == ["mixtral-small", "2.20", "K", "2.30", "K", "2.09", "K", "-5%", "5.0%", "0", "no"]
     assert costs[2].split() == ["mixtral-small", "99%", "100", "ms", "2.50", "x", "1.50", "x", "2.50", "x", "2.50", "x"]
