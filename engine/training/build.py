@@ -19,6 +19,7 @@ from config_schema.optimizer import AdamW, Compressed
 from config_schema.training import PowerSGD
 from engine.build import Resolver, device_of, reasons, resolved
 from engine.errors import EngineError
+from engine.profiling import check
 from engine.training.batch_size import resolve_batch_sizes
 from engine.training.block_stack import find_stack
 from engine.training.curvature import Curvature
@@ -240,6 +241,7 @@ class TrainingPlan:
         chosen = self.config.flops_profiler
         if chosen is None or not chosen.enabled:
             return None
+        check(chosen)
         notes = []
         if self.layer_drop is not None:
             notes.append("layers were dropped at random: counts and times are of those that ran in their steps")
