@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from ops.quantization.reference import Rounding, dequantize, fake_quantize, lookup, quantize
+from ops.quantization.scheme import Scheme
 from ops.quantization.tensor import QuantizationError, QuantizedTensor, pack_nibbles, unpack_nibbles
 
 __all__ = [
     "QuantizationError",
     "QuantizedTensor",
     "Rounding",
+    "Scheme",
     "dequantize",
     "fake_quantize",
     "lookup",
