@@ -139,9 +139,8 @@ def selected(section: Quantization, spec: ModelSpec) -> frozenset[str]:
         for layer in range(spec.layers):
             group = {f"layers.{layer}.{name}" for name in names} & set(weights)
             if group & found and not group <= found:
-                raise EngineError(
-                    f"$.quantization.exclude: {', '.join(sorted(group))} are one matrix here: exclude all of them or none"
-                )
+                fused = ", ".join(sorted(group))
+                raise EngineError(f"$.quantization.exclude: {fused} are one matrix here: exclude all of them or none")
     if not section.embedding:
         found -= {"embed.token", "embed.project"}
     return frozenset(name for name in found if section.head or not name.startswith("head."))
