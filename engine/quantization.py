@@ -175,6 +175,13 @@ def save(plan: Plan, directory: str | os.PathLike[str], tokenizer: Any = None) -
     return target
 
 
+def summary(plan: Plan, directory: str | os.PathLike[str]) -> str:
+    """How much :func:`save` wrote, beside the model's size in fp32."""
+    size, whole = (Path(directory) / "model.safetensors").stat().st_size, 4 * plan.spec.parameters()
+    assert plan.scheme is not None, "save() refuses others"
+    return f"weights of {plan.scheme.bits} bits: {size / 1e6:,.1f} MB, {size / whole:.3f} of fp32"
+
+
 def _copy_beside(source: Path, target: Path) -> None:
     for pattern in BESIDE:
         for file in source.glob(pattern):
