@@ -102,8 +102,9 @@ class TrainingPlan:
 
     def _mode(self) -> Mode:
         wanted = self.config.precision
+        assert wanted not in ("int8", "int4"), "config_schema.rules refuses these beside a training section"
         if wanted != "auto":
-            return wanted
+            return cast(Mode, wanted)
         choose = self.resolver.choose
         if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0):
             return cast(Mode, choose("$.precision", "bf16", "products in bf16, weights in fp32"))
