@@ -258,7 +258,7 @@ def test_the_resolved_config_is_a_config() -> None:
 def test_a_weight_that_is_not_finite_is_named() -> None:
     source = StateDictSource({"head.out.weight": torch.tensor([[1.0, float("nan")]])})
     scheme = Scheme(8, None, True, torch.float16, frozenset({"head.out"}))
-    with pytest.raises(ValueError, match="live model: head.out.weight: the weight holds nan at row 0, column 1"):
+    with pytest.raises(ValueError, match=r"live model: head.out.weight: the weight holds nan at row 0, column 1"):
         quantized_weight(source, scheme, "head.out", CPU)
 
 
