@@ -109,8 +109,8 @@ def test_values_in_a_file(tmp_path: Path) -> None:
         "$.generation.stop[1]: got an object, wanted a non-empty string",
         "$.generation.stop[1].a: the key appears more than once in its object; keep one",
         '$["a b"]: unknown key (allowed: $schema, model, device, precision, quantization, kernels, inference, '
-        "generation, embedding, training, optimizer, schedule, progressive_layer_drop, quantize_training, flops_profiler, "
-        "data, job)",
+        "generation, embedding, training, optimizer, schedule, progressive_layer_drop, quantize_training, "
+        "flops_profiler, data, job)",
         '$["a b"].x[0].y: the key appears more than once in its object; keep one',
     ]
 
