@@ -1,5 +1,5 @@
-"""The command line: ``slipstream run, validate, explain, verify, bench, profile, quantize, import-config, schema, env``,
-or ``python -m engine``.
+"""The command line: ``slipstream run, validate, explain, verify, bench, profile, quantize, import-config, schema,
+env``, or ``python -m engine``.
 
 Exit codes: 0 done; 1 a bug, or ``verify`` found a difference, or ``bench`` could measure nothing; 2 the user can put it
 right (a line for each problem, no traceback); 130 interrupted; 141 whoever read stdout went away. torch is imported by
