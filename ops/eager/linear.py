@@ -32,7 +32,7 @@ def tiled_product(x: Tensor, weight: QuantizedTensor) -> Tensor:
     product = x.new_empty(x.shape[0], out)
     for start in range(0, out, rows):
         stop = min(start + rows, out)
-        torch.mm(x, dequantize(weight.rows(start, stop), x.dtype).t(), out=product[:, start:stop])
+        product[:, start:stop] = F.linear(x, dequantize(weight.rows(start, stop), x.dtype))
     return product
 
 

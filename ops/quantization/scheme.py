@@ -12,7 +12,7 @@ from ops.quantization.reference import quantize
 from ops.quantization.tensor import QuantizedTensor
 
 #: Elements that are in fp32 at a time while a weight is quantized: arithmetic needs several copies of them.
-CHUNK = 1 << 21
+CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
