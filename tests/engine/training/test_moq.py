@@ -217,6 +217,25 @@ def test_what_fails_leaves_the_weights() -> None:
         assert all(torch.equal(tensor, states[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_backward_pass_that_fails_leaves_the_weights() -> None:
+    model = Stack()
+
+    def breaks(grad: Tensor) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
+        output = model(batch)
+        output.register_hook(breaks)
+        loss: Tensor = output.square().mean()
+        return loss
+
+    loop, _ = loop_of(model, section(), loss_of)
+    states = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        loop.train_batch(batches(1)[0])
+    assert all(torch.equal(tensor, states[name]) for name, tensor in model.state_dict().items())
+
+
 def test_an_overflow_takes_no_bit_twice() -> None:
     model = Stack()
     precision = Precision("fp16", "cpu", LossScale(2.0**40))

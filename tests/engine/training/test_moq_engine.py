@@ -121,3 +121,24 @@ def test_it_is_told_and_can_be_switched_off() -> None:
     assert [float(plain.train_batch(batch)) for batch in BATCHES[:2]] == wanted
     assert "weights are rounded from 6 to 4 bits" in engine_of().explain()
     assert "rounded" not in plain.explain()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_on_a_gpu_as_on_a_cpu(precision: str) -> None:
+    """The same losses, to the rounding of products, with eigenvalues asked for on the way."""
+
+    def losses(device: str, **sections: Any) -> tuple[list[float], dict[str, float]]:
+        bits = {"start_bits": 10, "target_bits": 8, "quantize_period": 1, "eigenvalue": {"max_iter": 5}}
+        document = config(quantize_training=bits, training={"max_steps": 60}) | {"device": device, **sections}
+        engine = Engine(document, model=bert(dropout=0.0))
+        found = [engine.train_batch(batch).loss for batch in BATCHES[:4]]
+        moq = engine._trainer.plan.quantize_training
+        assert moq is not None
+        return found, moq.eigenvalues
+
+    wanted, shares = losses("cpu")
+    found, theirs = losses("cuda", precision=precision)
+    assert found == pytest.approx(wanted, rel=1e-4 if precision == "fp32" else 3e-2)
+    assert theirs.keys() == shares.keys()
+    assert max(theirs.values()) == 1
