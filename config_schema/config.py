@@ -21,6 +21,7 @@ from config_schema.job import Job
 from config_schema.model import Model
 from config_schema.optimizer import Optimizer
 from config_schema.progressive_layer_drop import ProgressiveLayerDrop
+from config_schema.quantization import Quantization
 from config_schema.quantize_training import QuantizeTraining
 from config_schema.reader import Json
 from config_schema.schedule import Schedule
@@ -48,8 +49,12 @@ class Config(Section):
     device: Literal["auto", "cpu", "cuda"] | CudaDevice = "auto"
     """Where it runs; "auto" takes a GPU where there is one."""
 
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Data type of weights and activations; "auto" chooses by checkpoint and device."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"] = "auto"
+    """Data type of weights and activations; "auto" chooses by checkpoint and device. "int8" and "int4" are of weights
+    alone, while loading or in a checkpoint that holds them so: inference only."""
+
+    quantization: Quantization | None = Field(default=None, title="Quantization")
+    """How weights become 8 or 4 bits; null takes the defaults where "precision" asks for them."""
 
     kernels: Literal["auto", "eager", "generic", "specialized"] = "auto"
     """Kernel set: "eager" is plain PyTorch, "generic" cuBLAS and Triton, "specialized" fuses deeper than that."""

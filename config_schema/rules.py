@@ -161,6 +161,28 @@ def _loss_scale_needs_fp16(config: Config) -> list[Problem]:
     return [Problem("$.training.loss_scale", reason)]
 
 
+def _quantization_has_bits(config: Config) -> list[Problem]:
+    """ "auto" may find a checkpoint of 8 or 4 bits."""
+    if config.quantization is None or config.precision in ("auto", "int8", "int4"):
+        return []
+    reason = f'has no effect with $.precision "{config.precision}": set that to "int8" or "int4", or remove this'
+    return [Problem("$.quantization", reason)]
+
+
+def _names_are_given_once(config: Config) -> list[Problem]:
+    exclude = () if config.quantization is None else config.quantization.exclude
+    if len(set(exclude)) == len(exclude):
+        return []
+    return [Problem("$.quantization.exclude", "gives a name twice; give each once")]
+
+
+def _training_needs_floats(config: Config) -> list[Problem]:
+    if config.training is None or config.precision not in ("int8", "int4"):
+        return []
+    reason = f'"{config.precision}" is for inference, but there is a section $.training: set this to "bf16" or "fp32"'
+    return [Problem("$.precision", reason)]
+
+
 def _one_clock_for_layer_drop(config: Config) -> list[Problem]:
     drop = config.progressive_layer_drop
     if drop is None or drop.gamma is None or drop.total_steps == "auto":
@@ -322,6 +344,9 @@ RULES = (
     Rule(frozenset({"training"}), _training_has_one_end),
     Rule(frozenset({"training"}), _batch_sizes_agree),
     Rule(frozenset({"training", "precision"}), _loss_scale_needs_fp16),
+    Rule(frozenset({"quantization", "precision"}), _quantization_has_bits),
+    Rule(frozenset({"quantization"}), _names_are_given_once),
+    Rule(frozenset({"training", "precision"}), _training_needs_floats),
     Rule(frozenset({"progressive_layer_drop"}), _one_clock_for_layer_drop),
     Rule(frozenset({"quantize_training"}), _bits_fall),
     Rule(frozenset({"quantize_training", "training"}), _weights_are_whole),

@@ -15,7 +15,10 @@ import torch
 from tqdm import tqdm
 
 from config_schema import Config, load_config
+from config_schema.quantization import Quantization
+from engine import quantization
 from engine.checkpoint import Checkpoint, StateDictSource, open_checkpoint
+from engine.checkpoint.quantized import QuantizedFile
 from engine.errors import EngineError
 from engine.families import Family, spec_from_hf
 from engine.families.source import CanonicalSource
@@ -24,6 +27,7 @@ from engine.inference.runner import Runner
 from ops.collective import SingleProcess
 from ops.errors import KernelError
 from ops.plan import KernelSet
+from ops.quantization import Scheme
 from ops.spec import ModelSpec, Task
 from ops.weights import WeightSource
 
@@ -69,6 +73,8 @@ class Plan:
     spec: ModelSpec
     device: torch.device
     dtype: torch.dtype
+    scheme: Scheme | None
+    hf_config: Mapping[str, Any]
     kernels: str
     max_tokens: int
     max_batch: int
@@ -116,10 +122,15 @@ def plan(config: Config, *, model: Any = None) -> Plan:
     resolver = Resolver()
     checkpoint = _live(model) if model is not None else _stored(config)
     family, spec = _facts(config, checkpoint, resolver)
-    source = CanonicalSource(checkpoint.source, family, spec, checkpoint.name)
+    source: WeightSource
+    if isinstance(checkpoint.source, QuantizedFile):
+        source, spec = checkpoint.source, checkpoint.source.checked(spec)
+    else:
+        source = CanonicalSource(checkpoint.source, family, spec, checkpoint.name)
+        spec = source.spec
     device = device_of(config, resolver)
-    precision = _precision(config, device, source.dtype("embed.token.weight"), resolver)
-    kernels = _kernels(config, spec, device, DTYPES[precision], resolver)
+    config, precision, scheme = _weights(config, spec, device, source, resolver)
+    kernels = _kernels(config, spec, device, DTYPES[precision], resolver, scheme)
     batch = config.inference.max_batch
     if batch == "auto":
         batch = resolver.choose(
@@ -138,9 +149,11 @@ def plan(config: Config, *, model: Any = None) -> Plan:
         generation_config=checkpoint.generation_config,
         source=source,
         family=family,
-        spec=source.spec,
+        spec=spec,
         device=device,
         dtype=DTYPES[precision],
+        scheme=scheme,
+        hf_config=checkpoint.config,
         kernels=kernels,
         max_tokens=max_tokens,
         max_batch=batch,
@@ -165,7 +178,7 @@ def runner(plan: Plan) -> Runner:
     """Reads and packs the weights; a progress bar shows on a terminal where that takes more than a second."""
     kernels = kernel_set(plan.kernels)
     with tqdm(total=plan.spec.layers, desc="loading", unit="layer", disable=None, delay=1, leave=False) as bar:
-        weights = kernels.pack(plan.spec, plan.source, plan.device, plan.dtype, bar.update)
+        weights = kernels.pack(plan.spec, plan.source, plan.device, plan.dtype, bar.update, plan.scheme)
     return Runner(plan.spec, weights, kernels, plan.device, SingleProcess())
 
 
@@ -254,6 +267,29 @@ def device_of(config: Config, resolver: Resolver) -> torch.device:
     return device
 
 
+def _weights(
+    config: Config, spec: ModelSpec, device: torch.device, source: WeightSource, resolver: Resolver
+) -> tuple[Config, str, Scheme | None]:
+    """What activations are in, and how weights are quantized; the config with a section for it."""
+    stored = source.dtype("embed.token.weight")
+    held = f"int{source.stored.bits}" if isinstance(source, QuantizedFile) else None
+    precision = config.precision
+    if held is not None and precision == "auto":
+        precision = resolver.choose("$.precision", held, "the checkpoint is stored so")
+    if held is not None and precision not in quantization.BITS:
+        raise EngineError(
+            f'$.precision: "{precision}", but the checkpoint is quantized: set this to "{held}" or "auto"'
+        )
+    if precision not in quantization.BITS:
+        if config.quantization is not None:
+            raise EngineError('$.quantization: has no effect on this checkpoint: set $.precision to "int8" or "int4"')
+        return config, _precision(config, device, stored, resolver), None
+    section = config.quantization or Quantization()
+    compute = quantization.compute_dtype(section, device, stored, resolver.choose)
+    scheme = quantization.decide(section, precision, compute, spec, source, resolver.choose)
+    return config.model_copy(update={"quantization": section}), compute, scheme
+
+
 def _precision(config: Config, device: torch.device, stored: torch.dtype, resolver: Resolver) -> str:
     if config.precision != "auto":
         return config.precision
@@ -264,24 +300,27 @@ def _precision(config: Config, device: torch.device, stored: torch.dtype, resolv
                 path, "fp32", "the most exact on a CPU, and its kernels read exact fp16 copies where they can"
             )
         )
-    for name, dtype in DTYPES.items():
-        if dtype == stored and name != "fp32":
-            return str(resolver.choose(path, name, "the checkpoint is stored so"))
-    if torch.cuda.get_device_capability(device) >= (8, 0):
-        return str(resolver.choose(path, "bf16", "half the bytes of fp32, with its range"))
-    return str(resolver.choose(path, "fp16", "this GPU has no bf16 arithmetic"))
+    name, reason = quantization.floats_of_gpu(device, stored)
+    return str(resolver.choose(path, name, reason))
 
 
-def _kernels(config: Config, spec: ModelSpec, device: torch.device, dtype: torch.dtype, resolver: Resolver) -> str:
+def _kernels(
+    config: Config,
+    spec: ModelSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    resolver: Resolver,
+    scheme: Scheme | None = None,
+) -> str:
     if config.kernels != "auto":
-        kernel_set(config.kernels).assert_supports(spec, device, dtype)
+        kernel_set(config.kernels).assert_supports(spec, device, dtype, scheme)
         return config.kernels
     refusals = []
     for name in reversed(list(KERNEL_SETS)):
         try:
             if name in GPU_SETS and device.type != "cuda":
                 raise KernelError(f"it needs a CUDA GPU, the device is {device.type}")
-            kernel_set(name).assert_supports(spec, device, dtype)
+            kernel_set(name).assert_supports(spec, device, dtype, scheme)
         except KernelError as error:
             refusals.append(f"{name}: {error}")
             continue

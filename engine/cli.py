@@ -1,5 +1,5 @@
-"""The command line: ``slipstream run, validate, explain, verify, bench, profile, import-config, schema, env``, or
-``python -m engine``.
+"""The command line: ``slipstream run, validate, explain, verify, bench, profile, quantize, import-config, schema,
+env``, or ``python -m engine``.
 
 Exit codes: 0 done; 1 a bug, or ``verify`` found a difference, or ``bench`` could measure nothing; 2 the user can put it
 right (a line for each problem, no traceback); 130 interrupted; 141 whoever read stdout went away. torch is imported by
@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from config_schema import SCHEMA_PATH, Config, SlipstreamError, load_config, schema_text
 from config_schema.job import Job
-from engine import __version__, profile_options
+from engine import __version__, profile_options, quantize_command
 from engine.bench import options as bench_options
 from engine.import_config import console as import_console
 
@@ -76,6 +76,7 @@ Runs the checkpoint here and in Hugging Face transformers, and compares.
 """,
     "bench": bench_options.EXAMPLES,
     "profile": profile_options.EXAMPLES,
+    "quantize": quantize_command.EXAMPLES,
     "import-config": import_console.EXAMPLES,
     "schema": """\
 examples:
@@ -213,7 +214,9 @@ def _run(options: argparse.Namespace) -> int:
         task = spec.head.task if spec.head is not None else "embedding"
         model = f"{plan.family.name} {task}, {spec.parameters():,} parameters"
         dtype = next(name for name, dtype in build.DTYPES.items() if dtype == plan.dtype)
-        print(f"{options.config}: ready: {job.type} with {model}, on {plan.device}, {dtype}, {plan.kernels} kernels")
+        bits = f"{plan.scheme.bits}-bit weights and " if plan.scheme is not None else ""
+        how = f"on {plan.device}, {bits}{dtype}, {plan.kernels} kernels"
+        print(f"{options.config}: ready: {job.type} with {model}, {how}")
         return 0
     from engine.engine import Engine
 
@@ -305,6 +308,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], int]]] = {
     "verify": ("compare the outputs with Hugging Face's", _verify),
     "bench": ("measure speed beside the floor and beside peers", _bench),
     "profile": ("say what a step costs, part by part, and how near the limits it is", _profile),
+    "quantize": ("write a model with weights of 8 or 4 bits", quantize_command.run),
     "import-config": ("turn a config of DeepSpeed into one of slipstream", import_console.run),
     "schema": ("print the JSON Schema of the config", _schema),
     "env": ("say what is on this machine, and what is missing", _env),
@@ -361,6 +365,11 @@ def _takes_profile(parser: argparse.ArgumentParser) -> None:
     _takes_set(parser)
 
 
+def _takes_quantize(parser: argparse.ArgumentParser) -> None:
+    quantize_command.add(parser)
+    _takes_set(parser)
+
+
 def _takes_path(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--path", action="store_true", help="print where the schema's file is")
 
@@ -376,6 +385,7 @@ OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "verify": _takes_config,
     "bench": _takes_bench,
     "profile": _takes_profile,
+    "quantize": _takes_quantize,
     "import-config": import_console.add,
     "schema": _takes_path,
     "env": _takes_json,

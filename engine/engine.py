@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from config_schema import Config, load_config
-from engine import build
+from engine import build, quantization
 from engine.errors import EngineError
 from engine.inference import encoder, params, tasks
 from engine.inference.generation import Generation, Generator, Logprob, Piece
@@ -263,6 +263,13 @@ class Engine(TrainingEngine):
         """Compares this engine with Hugging Face's implementation of the same weights, on ``batch`` or a default
         one."""
         return verify(self, batch, self._live)
+
+    def save_quantized(self, directory: str | os.PathLike[str]) -> None:
+        """Writes the model with weights of 8 or 4 bits, as "precision" and the section "quantization" say, to
+        ``directory``, which then loads as any checkpoint does and gives the same weights bit for bit."""
+        plan = self._plan
+        foreign = plan.directory is None or plan.gguf_file is not None
+        quantization.save(plan, directory, self.text.saved_tokenizer() if foreign else None)
 
     # ---- parts ----
 

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from engine.bench.options import count
 
+#: What is profiled where neither a job nor an option says it: sequences, tokens of each, tokens to generate.
+BATCH, TOKENS, NEW = 1, 128, 16
+
 EXAMPLES = """\
 examples:
   slipstream profile my.json
@@ -18,7 +21,7 @@ examples:
 What a step costs (FLOPs, bytes, memory, time), part by part, and how far from
 this device's limits it runs. With a section "training": optimizer steps on the
 section "data"; nothing is saved. Without one: the texts of the job, or
-sequences of any tokens (--batch, --tokens, --new). The table goes where the
+sequences of any tokens (--batch, --tokens). The table goes where the
 section "flops_profiler" says, to the terminal without one. An open profile.html
 needs no network; Perfetto (ui.perfetto.dev) shows a trace; --diff says what
 changed between two profiles that --json has written.
@@ -34,6 +37,6 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--diff", metavar=("BEFORE", "AFTER"), nargs=2, type=Path, help="compare two profiles; takes no CONFIG"
     )
-    parser.add_argument("--batch", metavar="N", type=count, default=1, help="sequences, where there are no texts (1)")
-    parser.add_argument("--tokens", metavar="N", type=count, default=128, help="tokens of each (128)")
-    parser.add_argument("--new", metavar="N", type=count, default=16, help="tokens to generate behind them (16)")
+    parser.add_argument("--batch", metavar="N", type=count, help=f"sequences in place of the job's texts ({BATCH})")
+    parser.add_argument("--tokens", metavar="N", type=count, help=f"tokens of each ({TOKENS})")
+    parser.add_argument("--new", metavar="N", type=count, help=f"tokens to generate (the config's, or {NEW})")

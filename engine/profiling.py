@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,9 +11,13 @@ import torch
 
 from config_schema.flops_profiler import FlopsProfiler
 from engine.build import DTYPES, Plan
+from engine.outputs import check_writable
 from profiler.ceilings import Ceilings, ceilings
-from profiler.profile import profile
+from profiler.page import check_installed
+from profiler.profile import held_against, profile
 from profiler.report import Report
+
+log = logging.getLogger("slipstream.profiler")
 
 _BUCKET = "sequences lie end to end in a bucket of rows; rows that fill it up are computed, and counted"
 #: What a reader must know where these operators are in a profile.
@@ -34,14 +39,18 @@ class Repeats:
 
 
 def judged_by(device: torch.device, precision: str) -> tuple[str, Ceilings | None, tuple[str, ...]]:
-    """The name of the peak that products in ``precision`` are held against, the device's limits, and notes; no limits
-    where the device has none for it. They may have to be measured first, which takes seconds once."""
-    limits = ceilings(device)
-    if precision == "fp32" and "tf32" in limits.flops and torch.get_float32_matmul_precision() != "highest":
-        precision = "tf32"
-    if precision in limits.flops:
-        return precision, limits, ()
-    return precision, None, (f"not judged: there is no ceiling for {precision} of {limits.device}",)
+    """As ``profiler.profile.held_against``, with the device's limits. They may have to be measured first, which takes
+    seconds once."""
+    return held_against(ceilings(device), precision)
+
+
+def check(settings: FlopsProfiler) -> None:
+    """Raises before the work where :func:`write` could not do its own: a file that cannot be written, a library that
+    the page needs."""
+    if settings.output_file is not None:
+        check_writable(settings.output_file, "$.flops_profiler.output_file: ", makes_directories=True)
+    if "html" in settings.formats:
+        check_installed()
 
 
 def path_of(file: str, report: Report) -> Path:
@@ -58,13 +67,16 @@ def write(report: Report, settings: FlopsProfiler) -> tuple[Path, ...]:
     """
     if settings.output_file is None and report.workload.rank:
         return ()
-    return report.write(
+    files = report.write(
         settings.formats,
         None if settings.output_file is None else path_of(settings.output_file, report),
         settings.module_depth,
         settings.top_modules,
         settings.detailed,
     )
+    for file in files:
+        log.info("wrote %s", file)
+    return files
 
 
 def profile_inference(plan: Plan, step: Callable[[], object], how: Repeats, samples: int, tokens: int) -> Report:

@@ -70,6 +70,10 @@ class Verification:
 
 def verify(engine: Engine, batch: Any, live: Any) -> Verification:
     """Runs ``batch`` (anything ``engine(...)`` takes; None is three short rows of token ids) through both."""
+    if engine.plan.scheme is not None:
+        raise EngineError(
+            'verify: Hugging Face has no such weights to compare with: set "precision" to "fp32" or "bf16"'
+        )
     spec = engine.spec
     task: Task = spec.head.task if spec.head is not None else "embedding"
     if batch is None:

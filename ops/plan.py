@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ops.collective import Collective
 from ops.costs import Parameters, observed, region
+from ops.quantization.scheme import Scheme
 from ops.spec import ModelSpec
 from ops.weights import ModelWeights, Norm, WeightSource
 
@@ -215,8 +216,11 @@ class KernelSet(Protocol):
 
     name: str
 
-    def assert_supports(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
-        """Raises :class:`ops.errors.KernelError` with what to set instead, if this set cannot run that model there."""
+    def assert_supports(
+        self, spec: ModelSpec, device: torch.device, dtype: torch.dtype, scheme: Scheme | None = None
+    ) -> None:
+        """Raises :class:`ops.errors.KernelError` with what to set instead, if this set cannot run that model there,
+        its weights quantized by ``scheme``."""
         ...
 
     def pack(
@@ -226,8 +230,9 @@ class KernelSet(Protocol):
         device: torch.device,
         dtype: torch.dtype,
         layer_done: Callable[[], object] = lambda: None,
+        scheme: Scheme | None = None,
     ) -> ModelWeights:
-        """Weights as this set reads them; ``layer_done`` is called after each layer."""
+        """Weights as this set reads them, quantized by ``scheme``; ``layer_done`` is called after each layer."""
         ...
 
     def plan(self, spec: ModelSpec, weights: ModelWeights, bucket: Bucket, collective: Collective) -> StepPlan:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from ops.costs import Parameters, Weight
-from ops.quantization.tensor import QuantizedTensor
+from ops.errors import KernelError
+from ops.quantization.scheme import Scheme
+from ops.quantization.tensor import QuantizationError, QuantizedTensor
 from ops.spec import ModelSpec
 
 T = TypeVar("T")
@@ -54,6 +56,15 @@ class WeightSource(Protocol):
         ...
 
 
+@runtime_checkable
+class QuantizedSource(Protocol):
+    """A :class:`WeightSource` that holds some weights quantized already."""
+
+    def quantized(self, name: str) -> QuantizedTensor:
+        """The quantized weight ``name``, on the CPU; may be views of mapped memory."""
+        ...
+
+
 class PackedWeight(Protocol):
     """A weight in a layout of some kernel's own."""
 
@@ -75,10 +86,17 @@ class PackedWeight(Protocol):
 #: Turns a plain weight [out, in] into the form a kernel set reads; ``shared``: the plain tensor has another user and
 #: stays.
 PackWeight = Callable[..., "Tensor | PackedWeight"]
+#: The same for a quantized weight, given the compute dtype.
+PackQuantized = Callable[[QuantizedTensor, torch.dtype], "QuantizedTensor | PackedWeight"]
 
 
 def plain(weight: Tensor, *, shared: bool = False) -> Tensor | PackedWeight:
     """No packing: the weight as it is."""
+    return weight
+
+
+def canonical(weight: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor | PackedWeight:
+    """No packing: the quantized weight in its saved form."""
     return weight
 
 
@@ -100,13 +118,22 @@ class Norm:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Tables of the input: token [vocabulary, width], position, token type, projection to ``hidden``, norm."""
+    """Tables of the input: token [vocabulary, width], position, token type, projection to ``hidden``, norm. ``dtype``
+    is that of the model's activations, which a lookup in a quantized table gives."""
 
-    token: Tensor
+    dtype: torch.dtype
+    token: Tensor | QuantizedTensor
     position: Tensor | None
     token_type: Tensor | None
     project: Linear | None
     norm: Norm | None
+
+    @property
+    def table(self) -> Tensor:
+        """The token embedding for kernels that read a plain one: quantized weights have not come this far."""
+        if isinstance(self.token, QuantizedTensor):
+            raise KernelError('these kernels read a plain token embedding: set "kernels" to "eager"')
+        return self.token
 
 
 @dataclass(frozen=True)
@@ -145,7 +172,7 @@ class ModelWeights:
     version: int
 
 
-def parameters(*parts: Linear | Norm | Tensor | None) -> Parameters:
+def parameters(*parts: Linear | Norm | Tensor | QuantizedTensor | None) -> Parameters:
     """Weights and biases as they are packed."""
     known = []
     for part in parts:
@@ -180,7 +207,8 @@ def model_parameters(spec: ModelSpec, weights: ModelWeights) -> dict[str, Parame
 class Packer:
     """Copies canonical weights out of a source into fused tensors, one at a time, so that nothing is resident twice.
 
-    ``layer_done`` is called after each layer.
+    ``layer_done`` is called after each layer. What ``scheme`` names is quantized as it is read, or read as it is from a
+    :class:`QuantizedSource`; ``pack_quantized`` then derives what the kernels read.
     """
 
     def __init__(
@@ -191,8 +219,11 @@ class Packer:
         dtype: torch.dtype,
         pack_weight: PackWeight = plain,
         layer_done: Callable[[], object] = lambda: None,
+        scheme: Scheme | None = None,
+        pack_quantized: PackQuantized = canonical,
     ) -> None:
         self.spec, self.source, self.device, self.dtype, self.pack_weight = spec, source, device, dtype, pack_weight
+        self.scheme, self.pack_quantized = scheme, pack_quantized
         self.shapes = spec.weight_shapes()
         self.layer_done = layer_done
         self._room = torch.empty(0, dtype=dtype, device=device)
@@ -229,11 +260,21 @@ class Packer:
         if shape is None:
             return None
         bias = self._tensor(*(f"{name}.bias" for name in names))
+        if self._quantizes(names):
+            return Linear(self.pack_quantized(self._quantized(names), self.dtype), bias)
         if self.pack_weight is plain:
             return Linear(_present(self._tensor(*weights)), bias)
         raw = self._fill(self._borrow(shape), weights)
         packed = self.pack_weight(raw)
         return Linear(raw.clone() if packed is raw else packed, bias)
+
+    def _quantizes(self, names: Sequence[str]) -> bool:
+        return self.scheme is not None and names[0] in self.scheme.modules
+
+    def _quantized(self, names: Sequence[str]) -> QuantizedTensor:
+        """The named weights one below the other. Rows are quantized each by itself, so fusing them afterwards is the
+        same."""
+        return QuantizedTensor.stack([quantized_weight(self.source, self.scheme, n, self.device) for n in names])
 
     def _borrow(self, shape: tuple[int, ...]) -> Tensor:
         """Room for a plain weight that lives only until it is packed: always the same room.
@@ -250,8 +291,14 @@ class Packer:
         return None if weight is None else Norm(weight, self._tensor(f"{name}.bias"))
 
     def _embeddings(self) -> Embeddings:
+        token: Tensor | QuantizedTensor
+        if self._quantizes(["embed.token"]):
+            token = self._quantized(["embed.token"])
+        else:
+            token = _present(self._tensor("embed.token.weight"))
         return Embeddings(
-            token=_present(self._tensor("embed.token.weight")),
+            dtype=self.dtype,
+            token=token,
             position=self._tensor("embed.position.weight"),
             token_type=self._tensor("embed.token_type.weight"),
             project=self._linear("embed.project"),
@@ -276,13 +323,31 @@ class Packer:
             down=_present(self._linear(f"{at}.down")),
         )
 
-    def _head(self, token_embedding: Tensor) -> HeadWeights:
+    def _head(self, token: Tensor | QuantizedTensor) -> HeadWeights:
         head = self.spec.head
         assert head is not None
         out = self._linear("head.out")
         if head.tied:
-            out = Linear(self.pack_weight(token_embedding, shared=True), self._tensor("head.out.bias"))
+            weight: Tensor | QuantizedTensor | PackedWeight
+            if isinstance(token, QuantizedTensor):
+                weight = self.pack_quantized(token, self.dtype)
+            else:
+                weight = self.pack_weight(token, shared=True)
+            out = Linear(weight, self._tensor("head.out.bias"))
         return HeadWeights(self._linear("head.dense"), self._norm("head.norm"), self._linear("head.project"), out)
+
+
+def quantized_weight(source: WeightSource, scheme: Scheme | None, module: str, device: torch.device) -> QuantizedTensor:
+    """The weight of the canonical ``module`` as ``scheme`` says, or as the source holds it already."""
+    assert scheme is not None, "asked for what a scheme names"
+    name = f"{module}.weight"
+    if isinstance(source, QuantizedSource):
+        return source.quantized(name).to(device, copy=True)
+    out, inner = source.shape(name)
+    try:
+        return scheme.quantized(lambda rows: source.read(name, rows), (out, inner), device)
+    except QuantizationError as error:
+        raise QuantizationError(f"{source.locate(name)}: {error}") from None
 
 
 def _present(value: T | None) -> T:

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from profiler.ceilings import BANDWIDTH
 from profiler.counts import ModuleCounts, Phase
 from profiler.judge import Judged, Judgement, Limit
-from profiler.units import percentage, quantity, seconds
+from profiler.units import many, percentage, quantity, seconds
 
-Help = Literal["batch", "communication", "fuse", "kernels", "launches", "precision", "quantize"]
+Help = Literal["batch", "ceilings", "communication", "fuse", "kernels", "launches", "precision", "quantize"]
 
 BETWEEN, STEP = "(between modules)", "(optimizer step)"
 
@@ -71,7 +72,7 @@ def remarks(judged: Judged) -> tuple[Advice, ...]:
         calls = sum(timing.own(name).calls for name in timing.modules)
         text = (
             f"the device is idle for {percentage(idle)} of the step ({seconds(timing.idle_seconds)}, "
-            f"{calls} kernels): a CUDA graph, a kernel set with fewer launches, or larger batches"
+            f"{many(calls, 'kernel')}): a CUDA graph, {_fused(judged)}, or larger batches"
         )
         found.append(Advice("launches", text))
     share = judged.communication.seconds / timing.step_seconds
@@ -81,7 +82,20 @@ def remarks(judged: Judged) -> tuple[Advice, ...]:
             "overlap it, compress it, or accumulate more micro-batches"
         )
         found.append(Advice("communication", text))
+    limits, reached = judged.report.limits, judged.efficiency
+    if limits is not None and limits.sources[BANDWIDTH] == "measured" and reached is not None and reached > 1:
+        text = (
+            f"the step is at {percentage(reached)} of the roofline: caches serve it, or the limits were measured on a "
+            "busy machine. Measure them again on an idle one: profiler.ceilings.ceilings(device, measure=True)"
+        )
+        found.append(Advice("ceilings", text))
     return tuple(found)
+
+
+def _fused(judged: Judged) -> str:
+    """Where the same work takes fewer launches and passes: slipstream's runtime chooses among sets of kernels, other
+    models can be compiled."""
+    return "a kernel set that fuses more" if judged.report.workload.mode == "inference" else "torch.compile"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +146,7 @@ def _sum(judged: Judged, modules: list[ModuleCounts]) -> Judgement:
 
 def _spot(group: _Group) -> HotSpot:
     evidence = (
-        f"{group.calls} {group.what}{'' if group.calls == 1 else 's'}, "
+        f"{many(group.calls, group.what)}, "
         f"{percentage(group.efficiency)} of the roofline, {seconds(group.judgement.lost)} lost"
     )
     kind, names = group.modules[0].kind, tuple(module.name for module in group.modules)
@@ -161,7 +175,7 @@ def _short(group: _Group) -> tuple[Advice, ...]:
     if group.judgement.bound != "latency" or spent is None or not spent.calls or spent.seconds / spent.calls > SHORT:
         return ()
     each = f"{group.what}s of {seconds(spent.seconds / spent.calls)} are mostly overhead"
-    return (Advice("batch", f"{each}: larger batches give each more to do, torch.compile makes them fewer"),)
+    return (Advice("batch", f"{each}: larger batches give each more to do, {_fused(group.judged)} makes them fewer"),)
 
 
 def _elementwise(group: _Group) -> tuple[Advice, ...]:
@@ -172,7 +186,7 @@ def _elementwise(group: _Group) -> tuple[Advice, ...]:
     moved = f"{group.limit.moves} operators without products pass {quantity(group.judgement.bytes, 'B')} through memory"
     if group.name == STEP:
         return (Advice("fuse", f"{moved}: an optimizer with fused=True passes each tensor once"),)
-    return (Advice("fuse", f"{moved}: torch.compile, or a kernel set that fuses them, passes it once"),)
+    return (Advice("fuse", f"{moved}: {_fused(group.judged)} passes it once"),)
 
 
 def _lower_precision(group: _Group) -> tuple[Advice, ...]:
@@ -213,7 +227,8 @@ def _weights(group: _Group) -> tuple[Advice, ...]:
 def _kernels(group: _Group) -> tuple[Advice, ...]:
     """Nothing else explains it."""
     ceiling = "the peak" if group.judgement.bound == "compute" else "the bandwidth"
-    text = f"{group.what}s that reach {percentage(group.efficiency)} of {ceiling}: another kernel set, or torch.compile"
+    other = "another kernel set" if group.judged.report.workload.mode == "inference" else "torch.compile"
+    text = f"{group.what}s that reach {percentage(group.efficiency)} of {ceiling}: {other}, or larger batches"
     return (Advice("kernels", text),)
 
 

@@ -113,6 +113,8 @@ def ceilings(device: torch.device | str, measure: bool = False) -> Ceilings:
         return _published(name, published, nvml.told(device))
     path = _path(device, name)
     kept = None if measure else _read(path, name)
+    if kept is None:
+        _LOG.info("measuring what %s can do, which takes some seconds and is kept", name)
     return kept or _measured(device, name, path)
 
 

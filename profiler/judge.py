@@ -24,6 +24,8 @@ Verdict = Literal["memory", "compute", "latency"]
 
 #: Below this share of the roofline neither memory nor compute is what is waited for: launches, dependencies, the host.
 LATENCY = 0.05
+#: A timed step that takes another time than the plain one, by so large a part of it, is said to.
+NOTICED = 0.02
 #: Phases whose products count as the model's; recomputing them, and the optimizer, do not (Chowdhery et al. 2022,
 #: "PaLM", appendix B).
 MODEL_PHASES: tuple[Phase, ...] = ("forward", "backward")
@@ -180,10 +182,19 @@ class Judged:
         return flops / self.seconds / limits.peak(self.report.workload.precision)
 
     @property
+    def detail_seconds(self) -> float | None:
+        """What the times of modules and phases add up to: one step while it was timed, in so far as that took another
+        time than ``seconds``; None where both are the same within ``NOTICED``."""
+        timing = self.report.timing
+        if timing is None or not self.seconds or abs(timing.step_seconds / self.seconds - 1) < NOTICED:
+            return None
+        return timing.step_seconds
+
+    @property
     def efficiency(self) -> float | None:
-        """Part of the roofline that the step as a whole reaches, idle time and communication with it."""
-        limit, timing = self.total("").limit, self.report.timing
-        return limit.seconds / timing.step_seconds if limit and timing and timing.step_seconds else None
+        """Part of the roofline that the step as a whole reaches in ``seconds``, idle time and communication with it."""
+        limit = self.total("").limit
+        return limit.seconds / self.seconds if limit and self.seconds else None
 
     @property
     def samples_per_second(self) -> float | None:

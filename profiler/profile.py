@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter as Tally
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -21,11 +22,21 @@ from profiler.energy import energy as energy_of
 from profiler.errors import ProfilerError
 from profiler.report import Energy, Mode, Report, Workload
 from profiler.timer import Timer
+from profiler.units import many
+
+_LOG = logging.getLogger("slipstream.profiler")
 
 #: Peaks of the device are looked up or measured; None: nothing is judged.
 Limits = Ceilings | Literal["auto"] | None
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class _Step(NamedTuple):
+    """What is around a step, and what the log says as it begins."""
+
+    around: Callable[[], AbstractContextManager[None]]
+    said: str = ""
 
 
 class Profiler:
@@ -73,10 +84,12 @@ class Profiler:
         self._now: Counter | Timer | None = None
         self._warm_up = warm_up + 1 if repeats else 0
         self._seconds = {"counting": 0.0, "timing": 0.0}
-        plan: list[Callable[[], AbstractContextManager[None]]] = [] if counts else [self._counted]
+        plan = [] if counts else [_Step(self._counted, "counting a step")]
         if repeats:
-            plan += [*[nullcontext] * warm_up, self._timer.rehearsal]
-            plan += [self._timer.plain, self._timed] * repeats
+            ready = [*[_Step(nullcontext)] * warm_up, _Step(self._timer.rehearsal)]
+            plan += [ready[0]._replace(said=f"warming up: {many(len(ready), 'step')}"), *ready[1:]]
+        for repeat in range(1, repeats + 1):
+            plan += [_Step(self._timer.plain, f"timing a step, {repeat} of {repeats}"), _Step(self._timed)]
         self._plan = deque(plan)
 
     @contextmanager
@@ -89,9 +102,11 @@ class Profiler:
         if not self._plan:
             yield
             return
-        what = "counting" if self.counting else "timing"
+        what, step = "counting" if self.counting else "timing", self._plan[0]
+        if step.said:
+            _LOG.info("%s", step.said)
         start = time.perf_counter()
-        with self._plan[0]():
+        with step.around():
             yield
         self._seconds[what] += time.perf_counter() - start
         self._plan.popleft()
@@ -99,7 +114,7 @@ class Profiler:
     @property
     def counting(self) -> bool:
         """Whether the step to come, or the one that runs, is the one that is counted."""
-        return bool(self._plan) and self._plan[0] == self._counted
+        return bool(self._plan) and self._plan[0].around == self._counted
 
     @property
     def done(self) -> bool:
@@ -220,7 +235,8 @@ def profile(
         limits.peak(precision)  # raises before anything has run
     while not profiler.done:
         with profiler.step():
-            step()
+            kept = step()  # a forward pass with gradients keeps its activations as long as its result is there
+        del kept
     joules = energy_of(step, _device(model, device)) if energy and repeats else None
     workload = Workload(mode or profiler.mode, precision, samples, tokens)
     return profiler.report(workload, limits=limits, energy=joules, notes=notes)
@@ -234,21 +250,24 @@ def _device(model: nn.Module | None, device: torch.device | str | None) -> torch
 
 
 def _precision(model: nn.Module | None, limits: Ceilings | None) -> tuple[str, Ceilings | None, tuple[str, ...]]:
-    """That of most elements of the parameters, "tf32" where torch multiplies fp32 so; no limits, and a note why, where
-    they have none for it."""
+    """That of most elements of the parameters, as ``held_against`` has it."""
     sizes: Tally[torch.dtype] = Tally()
     for parameter in model.parameters() if model is not None else ():
         if parameter.is_floating_point():
             sizes[parameter.dtype] += parameter.numel()
     most = max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
     name = _NAMES.get(most, str(most).removeprefix("torch."))
-    if limits is None:
-        return name, None, ()
-    if name == "fp32" and "tf32" in limits.flops and torch.get_float32_matmul_precision() != "highest":
-        name = "tf32"
-    if name in limits.flops:
-        return name, limits, ()
-    return name, None, (f"not judged: there is no ceiling for {name} of {limits.device}",)
+    return (name, None, ()) if limits is None else held_against(limits, name)
+
+
+def held_against(limits: Ceilings, precision: str) -> tuple[str, Ceilings | None, tuple[str, ...]]:
+    """The name of the peak that products in ``precision`` are held against ("tf32" where torch multiplies fp32 so), and
+    the limits; no limits, and a note why, where they have no such peak."""
+    if precision == "fp32" and "tf32" in limits.flops and torch.get_float32_matmul_precision() != "highest":
+        precision = "tf32"
+    if precision in limits.flops:
+        return precision, limits, ()
+    return precision, None, (f"not judged: there is no ceiling for {precision} of {limits.device}",)
 
 
 def _machine(device: torch.device) -> dict[str, str]:

@@ -118,7 +118,7 @@ class Report:
             )
         error = best_match(_validator().iter_errors(data))
         if error is not None:
-            raise ProfilerError(f"a damaged profile: {error.json_path}: {error.message[:200]}")
+            raise ProfilerError(f"a damaged profile: {error.json_path}: {error.message[:200]}: profile again")
         given = {name: data[name] for name in ("name", "counting_seconds", "timing_seconds")}
         return cls(
             **given,
@@ -153,8 +153,10 @@ class Report:
         try:
             data = json.loads(Path(path).read_text("utf-8"), parse_constant=_refuse)
             return cls.from_dict(data)
-        except (OSError, ValueError, RecursionError) as error:
-            raise ProfilerError(f"{path}: cannot be read as a profile: {error}") from error
+        except OSError as error:
+            raise ProfilerError(f"{path}: cannot be read: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise ProfilerError(f"{path}: not a profile, as it is no JSON: {error}") from error
         except ProfilerError as error:
             raise ProfilerError(f"{path}: {error}") from error
 

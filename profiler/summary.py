@@ -10,7 +10,7 @@ from profiler.ceilings import BANDWIDTH
 from profiler.grid import fill, grid
 from profiler.judge import Judged, Judgement
 from profiler.times import Spent
-from profiler.units import NOTHING, joules, percentage, quantity, seconds
+from profiler.units import NOTHING, joules, many, percentage, quantity, seconds
 
 if TYPE_CHECKING:
     from profiler.report import Report
@@ -27,8 +27,8 @@ def summary(judged: Judged) -> str:
 def _setting(report: Report) -> Iterator[tuple[str, str]]:
     workload, limits, machine = report.workload, report.limits, report.machine
     amounts = [
-        f"{amount:,} {name}"
-        for name, amount in (("samples", workload.samples), ("tokens", workload.tokens))
+        many(amount, name)
+        for name, amount in (("sample", workload.samples), ("token", workload.tokens))
         if amount is not None
     ]
     if workload.micro_batches > 1:
@@ -61,7 +61,9 @@ def _speed(judged: Judged) -> Iterator[tuple[str, str]]:
     report, timing = judged.report, judged.report.timing
     if timing is None or judged.seconds is None:
         return
-    yield "step", seconds(judged.seconds)
+    detail = judged.detail_seconds
+    also = "" if detail is None else f"; {seconds(detail)} while it was timed, of which are the times of its parts"
+    yield "step", seconds(judged.seconds) + also
     rates = [(judged.samples_per_second, "samples/s"), (judged.tokens_per_second, "tokens/s")]
     known = [(rate, unit) for rate, unit in rates if rate is not None]
     if known:

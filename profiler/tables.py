@@ -9,13 +9,12 @@ from profiler.advice import Advice, hot_spots, remarks
 from profiler.grid import WIDTH, elide, fill, grid
 from profiler.judge import Judged
 from profiler.summary import cost, phases, summary
-from profiler.times import Spent
 from profiler.units import percentage, seconds
 
 if TYPE_CHECKING:
     from profiler.report import Report
 
-#: Kernels that are listed: those that take longest.
+#: Kernels, or operators on a CPU, that are listed: those that take longest.
 KERNELS = 10
 
 
@@ -28,6 +27,7 @@ def text(report: Report, module_depth: int = -1, top_modules: int = 1, detailed:
         detailed: show every module by itself, and the kernels; else modules that are alike are one row, of their sums.
     """
     judged, folded = Judged(report), not detailed
+    on_host = report.timing is not None and report.timing.clock == "host"
     sections = {
         "Summary": summary(judged),
         "By phase": phases(judged),
@@ -35,7 +35,7 @@ def text(report: Report, module_depth: int = -1, top_modules: int = 1, detailed:
         "By depth": module_tables.by_depth(judged, module_depth, top_modules),
         "Modules: what they do": module_tables.work(judged, folded, module_depth),
         "Modules: how fast they are": module_tables.times(judged, folded, module_depth),
-        "Longest kernels": _kernels(report) if detailed else "",
+        f"Longest {'operators' if on_host else 'kernels'}": _kernels(report) if detailed else "",
         "Operators without a formula: their FLOPs are not counted": _unknown(report),
         "Notes": "\n".join(fill(note, "- ", "  ") for note in report.notes),
         "What profiling cost": cost(report),
@@ -64,12 +64,7 @@ def _kernels(report: Report) -> str:
     timing = report.timing
     if timing is None:
         return ""
-    found: dict[str, Spent] = dict(timing.communication)
-    for phases_of in timing.modules.values():
-        for kernels in phases_of.values():
-            for name, spent in kernels.items():
-                found[name] = found.get(name, Spent()) + spent
-    longest = sorted(found.items(), key=lambda item: item[1].seconds, reverse=True)[:KERNELS]
+    longest = sorted(timing.kernels().items(), key=lambda item: item[1].seconds, reverse=True)[:KERNELS]
     whole = timing.step_seconds
     table = [
         [name, f"{spent.calls:,}", seconds(spent.seconds), percentage(spent.seconds / whole if whole else None)]

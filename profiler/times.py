@@ -79,6 +79,15 @@ class Timing:
         chosen = phases.values() if phase is None else [phases.get(phase, {})]
         return sum((spent for kernels in chosen for spent in kernels.values()), Spent())
 
+    def kernels(self, phase: Phase | None = None) -> dict[str, Spent]:
+        """By name, over all modules in a phase; over all phases communication is among them."""
+        found = dict(self.communication) if phase is None else {}
+        for phases in self.modules.values():
+            for one in phases if phase is None else phases.keys() & {phase}:
+                for name, spent in phases[one].items():
+                    found[name] = found.get(name, Spent()) + spent
+        return found
+
     @property
     def busy_seconds(self) -> float:
         """Sum over all modules, what lies between them, and communication."""

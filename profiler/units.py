@@ -56,6 +56,11 @@ def percentage(share: float | None) -> str:
     return f"{percent:.0f}%" if abs(percent) >= 9.95 or percent == 0 else f"{percent:.1f}%"
 
 
+def many(number: int, what: str) -> str:
+    """``1 sample``, ``1,024 tokens``."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def _digits(number: float) -> str:
     """Three of them, of a number below 1,000."""
     size = abs(number)

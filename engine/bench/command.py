@@ -20,6 +20,7 @@ from engine.bench.job import PEERS, Case, Job, Request, Subject
 from engine.bench.pool import Outcome, Pool, Watch
 from engine.bench.report import Context, Row
 from engine.errors import EngineError
+from engine.outputs import check_writable
 
 #: What a row says of a peer whose distribution is not here.
 NOT_INSTALLED = "not installed"
@@ -51,7 +52,7 @@ def bench(options: argparse.Namespace) -> int:
     config = load_config(options.config, overrides=options.set)
     for path, option in ((options.json, "--json"), (options.chart, "--chart")):
         if path is not None:
-            report.check_writable(path, option)
+            check_writable(path, f"{option} ")
     if options.chart is not None:
         chart.check_installed()
     pool = pool_of(options, Bars(sys.stderr))

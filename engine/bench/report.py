@@ -13,7 +13,6 @@ from typing import Any
 
 from engine.bench.job import Case
 from engine.bench.pool import Outcome, Result
-from engine.errors import EngineError
 
 WIDTH = 80
 #: An error no longer than this may stand in a cell of the Markdown table.
@@ -254,17 +253,6 @@ def write(path: Path, data: bytes) -> None:
         aside.replace(target)
     finally:
         aside.unlink(missing_ok=True)
-
-
-def check_writable(path: Path, option: str) -> None:
-    """Raises if a result could not be written there: before the work, not after it."""
-    parent = path.resolve().parent
-    if path.exists() and not path.is_file():
-        raise EngineError(f"{option} {path}: is not a file: give the name of one")
-    if not parent.is_dir():
-        raise EngineError(f"{option} {path}: there is no directory {parent}: make it, or give another name")
-    if not os.access(parent, os.W_OK):
-        raise EngineError(f"{option} {path}: the directory {parent} is not writable")
 
 
 def read_json(path: Path) -> list[Row]:

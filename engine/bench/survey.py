@@ -79,6 +79,8 @@ def _survey(request: Request) -> Found:
         assert plan.directory is not None
         directory = plan.directory
         task = plan.spec.head.task if plan.spec.head is not None else "embedding"
+    if plan.scheme is not None:
+        raise EngineError('$.precision: bench compares floating weights: set it to "bf16", "fp16" or "fp32"')
     cases = _cases(request, plan.spec)
     precision = next(name for name, dtype in build.DTYPES.items() if dtype == plan.dtype)
     subject = Subject(

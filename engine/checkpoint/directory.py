@@ -12,6 +12,7 @@ from engine.checkpoint.deepspeed_files import is_deepspeed, open_deepspeed
 from engine.checkpoint.files import file_inside, read_json_object
 from engine.checkpoint.gguf_file import GGUFFile
 from engine.checkpoint.hub import HUB_NAME, fetch
+from engine.checkpoint.quantized import BLOCK, QuantizedFile, Stored, is_quantized
 from engine.checkpoint.safetensors_file import SafetensorsFile
 from engine.checkpoint.shards import SHARD_NAME, listed, missing_numbers, open_sharded
 from engine.checkpoint.sources import FileSource
@@ -45,9 +46,19 @@ def open_checkpoint(path: str, *, revision: str | None = None, gguf_file: str | 
     if gguf_file is not None:
         file = _open_gguf(directory, gguf_file)
         return Checkpoint(directory, file.config, {}, FileSource.single(file), gguf_file)
+    if _says_quantized(directory):
+        config = _config(directory)
+        where = str(directory / "config.json")
+        weights = _regular(directory, "model.safetensors")
+        quantized = QuantizedFile(weights, Stored.from_json(config[BLOCK], where))
+        return Checkpoint(directory, config, _optional_json(directory, "generation_config.json"), quantized, None)
     source = open_weights(directory)
     config = _config(directory)
     return Checkpoint(directory, config, _optional_json(directory, "generation_config.json"), source, None)
+
+
+def _says_quantized(directory: Path) -> bool:
+    return (directory / "config.json").is_file() and is_quantized(_config(directory))
 
 
 def open_weights(directory: Path) -> FileSource:

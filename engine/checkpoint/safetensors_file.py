@@ -73,6 +73,10 @@ class SafetensorsFile:
         """The tensor's stored dtype."""
         return self._entries[name].dtype
 
+    def metadata(self) -> dict[str, str]:
+        """The header's own strings."""
+        return dict(self._map.metadata() or {})
+
     def tensor(self, name: str) -> Tensor:
         """A view of the map. The map is private: writing to the view would not reach the file."""
         tensor: Tensor = self._map.get_tensor(name)

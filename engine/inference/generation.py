@@ -158,7 +158,7 @@ class Generator:
     def _check_finite(self, valid: Sequence[bool], rows: Sequence[int]) -> None:
         if not all(valid):
             row = rows[valid.index(False)]
-            dtype = str(self.runner.weights.embed.token.dtype).removeprefix("torch.")
+            dtype = str(self.runner.weights.embed.dtype).removeprefix("torch.")
             raise EngineError(
                 f"prompt {row}: the model's logits are not finite in {dtype}: "
                 'set "precision" to "bf16" or "fp32", and check the checkpoint if it is already'

@@ -24,6 +24,10 @@ class Text:
             self._tokenizer = self._load()
         return self._tokenizer
 
+    def saved_tokenizer(self) -> Any:
+        """The tokenizer to save beside a model, None where there is none: token ids work without."""
+        return None if self._directory is None and self._tokenizer is None else self.tokenizer
+
     def _load(self) -> Any:
         if self._directory is None:
             raise EngineError(

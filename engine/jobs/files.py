@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError
+from engine.outputs import check_writable
 
 Write = Callable[[Mapping[str, Any]], None]
 
@@ -39,15 +40,8 @@ def read_lines(path: str, where: str) -> tuple[str, ...]:
 
 def check_output(path: str | None) -> None:
     """Raises if results could not be written to ``path``: before the work, not after it."""
-    if path is None:
-        return
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise EngineError(f"$.job.output: {path}: is not a file: give the name of one")
-    if not target.parent.is_dir():
-        raise EngineError(f"$.job.output: {path}: there is no directory {target.parent}: make it, or give another name")
-    if not os.access(target.parent, os.W_OK):
-        raise EngineError(f"$.job.output: {path}: the directory {target.parent} is not writable")
+    if path is not None:
+        check_writable(path, "$.job.output: ")
 
 
 @contextmanager

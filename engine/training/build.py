@@ -19,6 +19,7 @@ from config_schema.optimizer import AdamW, Compressed
 from config_schema.training import PowerSGD
 from engine.build import Resolver, device_of, reasons, resolved
 from engine.errors import EngineError
+from engine.profiling import check
 from engine.training.batch_size import resolve_batch_sizes
 from engine.training.block_stack import find_stack
 from engine.training.curvature import Curvature
@@ -101,8 +102,9 @@ class TrainingPlan:
 
     def _mode(self) -> Mode:
         wanted = self.config.precision
+        assert wanted not in ("int8", "int4"), "config_schema.rules refuses these beside a training section"
         if wanted != "auto":
-            return wanted
+            return cast(Mode, wanted)
         choose = self.resolver.choose
         if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0):
             return cast(Mode, choose("$.precision", "bf16", "products in bf16, weights in fp32"))
@@ -240,6 +242,7 @@ class TrainingPlan:
         chosen = self.config.flops_profiler
         if chosen is None or not chosen.enabled:
             return None
+        check(chosen)
         notes = []
         if self.layer_drop is not None:
             notes.append("layers were dropped at random: counts and times are of those that ran in their steps")

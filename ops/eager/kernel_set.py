@@ -12,13 +12,26 @@ from torch import Tensor
 from ops.collective import Collective
 from ops.eager import attention
 from ops.eager.cpu_linear import pack_for_cpu
+from ops.eager.cpu_quantized import pack_quantized_for_cpu
 from ops.eager.functional import ACTIVATIONS, norm, rotate
-from ops.eager.linear import linear
+from ops.eager.linear import embedded, linear
 from ops.errors import KernelError
 from ops.macro_ops import walk
 from ops.plan import Bucket, DecodeState, StepInputs, StepPlan, Stream
+from ops.quantization.scheme import Scheme
 from ops.spec import LearnedPositions, ModelSpec, RotaryPositions
-from ops.weights import Embeddings, HeadWeights, LayerWeights, Linear, ModelWeights, Norm, Packer, WeightSource, plain
+from ops.weights import (
+    Embeddings,
+    HeadWeights,
+    LayerWeights,
+    Linear,
+    ModelWeights,
+    Norm,
+    Packer,
+    WeightSource,
+    canonical,
+    plain,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,8 +41,10 @@ class EagerKernels:
 
     name = "eager"
 
-    def assert_supports(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
-        """Any model on any device, in fp32, bf16 or fp16."""
+    def assert_supports(
+        self, spec: ModelSpec, device: torch.device, dtype: torch.dtype, scheme: Scheme | None = None
+    ) -> None:
+        """Any model on any device, in fp32, bf16 or fp16, quantized or not."""
         if dtype not in DTYPES:
             raise KernelError(
                 f'kernels "eager" compute in fp32, bf16 or fp16, not {dtype}: set "precision" to one of these'
@@ -42,10 +57,12 @@ class EagerKernels:
         device: torch.device,
         dtype: torch.dtype,
         layer_done: Callable[[], object] = lambda: None,
+        scheme: Scheme | None = None,
     ) -> ModelWeights:
-        """Weights in ``dtype`` on ``device``, QKV and gate + up fused."""
-        pack_weight = pack_for_cpu if device.type == "cpu" else plain
-        return Packer(spec, source, device, dtype, pack_weight, layer_done).pack()
+        """Weights in ``dtype`` (or quantized) on ``device``, QKV and gate + up fused."""
+        on_cpu = device.type == "cpu"
+        pack_weight, pack_quantized = (pack_for_cpu, pack_quantized_for_cpu) if on_cpu else (plain, canonical)
+        return Packer(spec, source, device, dtype, pack_weight, layer_done, scheme, pack_quantized).pack()
 
     def plan(self, spec: ModelSpec, weights: ModelWeights, bucket: Bucket, collective: Collective) -> StepPlan:
         """The macro-ops one by one."""
@@ -58,7 +75,7 @@ class EagerKernels:
 
     def embed(self, spec: ModelSpec, weights: Embeddings, inputs: StepInputs, pending: Norm | None) -> Stream:
         """Macro-op 0."""
-        hidden = F.embedding(inputs.token_ids, weights.token)
+        hidden = embedded(inputs.token_ids, weights.token, weights.dtype)
         if spec.embedding_scale != 1.0:
             hidden = hidden * spec.embedding_scale
         if weights.project is not None:

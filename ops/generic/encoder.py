@@ -100,7 +100,7 @@ class WalkGraphs(EncoderGraphs):
         """The walk over ``buffers``."""
         if self._hidden is None:
             # One row in excess: there the starts of sequences that are not there may point.
-            like = self.weights.embed.token
+            like = self.weights.embed.table
             self._hidden = like.new_zeros(self.limits.tokens + 1, self.spec.hidden)
         return _Walk(self.launches, self.weights, buffers, self._hidden, place)
 
@@ -133,7 +133,7 @@ class _Walk:
             buffers.ids[: place.rows],
             buffers.types[: place.rows] if place.typed else None,
             starts,
-            vocabulary=embed.token.shape[0],
+            vocabulary=embed.table.shape[0],
             kinds=0 if embed.token_type is None else embed.token_type.shape[0],
             wrong=buffers.wrong,
         )

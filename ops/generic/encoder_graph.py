@@ -123,7 +123,7 @@ class EncoderGraphs(ABC):
         """``head`` gets hidden rows [R, hidden] (the first of each sequence if the spec's head says so) and becomes
         part of the graphs."""
         self.spec, self.weights, self.limits, self.head = spec, weights, limits, head
-        self.device = weights.embed.token.device
+        self.device = weights.embed.table.device
         #: Held from a step's first launch to the end of :meth:`finish`.
         self.lock = threading.RLock()
         self._buffers: StepBuffers | None = None

@@ -22,6 +22,7 @@ from ops.generic.qkv import HeadNorm, Rotary, split_qkv
 from ops.generic.residual import add_residual, add_residual_norm
 from ops.macro_ops import walk
 from ops.plan import Bucket, Decoder, DecodeState, StepInputs, StepPlan, Stream
+from ops.quantization.scheme import Scheme
 from ops.spec import ALiBiPositions, LearnedPositions, ModelSpec, RotaryPositions
 from ops.triton_support import assert_runs
 from ops.weights import Embeddings, HeadWeights, LayerWeights, Linear, ModelWeights, Norm, Packer, WeightSource
@@ -41,9 +42,12 @@ class GenericKernels:
         # Never emptied: captured graphs read them at these addresses.
         self._constants: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
 
-    def assert_supports(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
+    def assert_supports(
+        self, spec: ModelSpec, device: torch.device, dtype: torch.dtype, scheme: Scheme | None = None
+    ) -> None:
         """Any model in fp32, bf16 or fp16, on an NVIDIA GPU from Ampere on (or in Triton's interpreter)."""
         assert_runs(self.name, device, dtype)
+        assert_plain_weights(self.name, scheme)
 
     def pack(
         self,
@@ -52,15 +56,17 @@ class GenericKernels:
         device: torch.device,
         dtype: torch.dtype,
         layer_done: Callable[[], object] = lambda: None,
+        scheme: Scheme | None = None,
     ) -> ModelWeights:
         """Plain weights in ``dtype`` on ``device``, QKV and gate + up fused."""
+        assert_plain_weights(self.name, scheme)
         return Packer(spec, source, device, dtype, layer_done=layer_done).pack()
 
     def plan(self, spec: ModelSpec, weights: ModelWeights, bucket: Bucket, collective: Collective) -> StepPlan:
         """The macro-ops one by one; whole sequences in one process as a graph of them. Raises :class:`KernelError` if a
         weight is not a plain tensor."""
         _assert_plain(self.name, weights)
-        self._upload_constants(spec, weights.embed.token.device)
+        self._upload_constants(spec, weights.embed.table.device)
         walked = StepPlan(bucket, walk(spec, weights, self, collective))
         if bucket.kind != "encode" or collective.size > 1:
             return walked
@@ -77,7 +83,7 @@ class GenericKernels:
     def embed(self, spec: ModelSpec, weights: Embeddings, inputs: StepInputs, pending: Norm | None) -> Stream:
         """Macro-op 0."""
         ids: Tensor | None = inputs.token_ids
-        table, scale = weights.token, spec.embedding_scale
+        table, scale = weights.table, spec.embedding_scale
         if weights.project is not None:
             looked_up, _ = embed(ids, table, scale=scale)
             ids, table, scale = None, _linear(looked_up, weights.project), 1.0
@@ -233,6 +239,13 @@ def _linear(x: Tensor, layer: Linear, *, bias: bool = True) -> Tensor:
     """``x W^T (+ b)`` by cuBLAS."""
     assert isinstance(layer.weight, Tensor), "plan() has refused other weights"
     return F.linear(x, layer.weight, layer.bias if bias else None)
+
+
+def assert_plain_weights(kernels: str, scheme: Scheme | None) -> None:
+    """Raises for weights of 8 and 4 bits."""
+    if scheme is not None:
+        reason = f'kernels "{kernels}" do not read weights of {scheme.bits} bits yet'
+        raise KernelError(f'{reason}: set "kernels" to "eager", or "precision" to "bf16"')
 
 
 def _assert_plain(kernels: str, weights: ModelWeights) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ops.quantization.reference import Rounding, dequantize, fake_quantize, lookup, quantize
 from ops.quantization.schedule import LARGEST_FACTOR, BitSchedule, Stage, factor_of
+from ops.quantization.scheme import Scheme
 from ops.quantization.tensor import QuantizationError, QuantizedTensor, pack_nibbles, unpack_nibbles
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "QuantizationError",
     "QuantizedTensor",
     "Rounding",
+    "Scheme",
     "Stage",
     "dequantize",
     "factor_of",

@@ -170,7 +170,9 @@ def _group_statistics(weight: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def _spread(per_group: Tensor, size: int, inner: int) -> Tensor:
-    """[out, groups] to [out, inner]: each group's number at each of its columns."""
+    """[out, groups] to [out, inner], or [out, 1] where one group is the row: each column's group's number."""
+    if size == inner:
+        return per_group
     return per_group.repeat_interleave(size, dim=1)[:, :inner]
 
 

@@ -25,7 +25,7 @@ object ``{"format": "slipstream.quantized.1", "bits": 4, "group_size": 64, "symm
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -142,10 +142,32 @@ class QuantizedTensor:
         """The integers [out, in], unpacked: int8 if symmetric, else uint8."""
         return unpack_nibbles(self.values, self.shape[1], signed=self.symmetric) if self.packed else self.values
 
-    def to(self, device: torch.device | str) -> QuantizedTensor:
-        """The same tensor on ``device``."""
-        zero_points = None if self.zero_points is None else self.zero_points.to(device)
-        return replace(self, values=self.values.to(device), scales=self.scales.to(device), zero_points=zero_points)
+    def to(self, device: torch.device | str, *, copy: bool = False) -> QuantizedTensor:
+        """The same tensor on ``device``; ``copy``: with memory of its own in any case."""
+
+        def moved(part: Tensor) -> Tensor:
+            return part.to(device, copy=copy)
+
+        zero_points = None if self.zero_points is None else moved(self.zero_points)
+        return replace(self, values=moved(self.values), scales=moved(self.scales), zero_points=zero_points)
+
+    @classmethod
+    def stack(cls, parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
+        """Weights of one width, bits and grouping, one below the other (QKV of a layer; the chunks of one weight)."""
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        kinds = {(part.bits, part.group_size, part.symmetric, part.scales.dtype, part.shape[1]) for part in parts}
+        if len(kinds) > 1:
+            raise QuantizationError("weights to stack differ in bits, group size, symmetry, scales or columns")
+        zero_points = [part.zero_points for part in parts if part.zero_points is not None]
+        return replace(
+            first,
+            values=torch.cat([part.values for part in parts]),
+            scales=torch.cat([part.scales for part in parts]),
+            zero_points=torch.cat(zero_points) if zero_points else None,
+            shape=(sum(part.shape[0] for part in parts), first.shape[1]),
+        )
 
     def rows(self, start: int, stop: int) -> QuantizedTensor:
         """Rows ``[start, stop)`` as views (a column-parallel slice)."""

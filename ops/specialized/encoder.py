@@ -125,7 +125,7 @@ def _tiles(spec: ModelSpec, weights: ModelWeights, head: Head | None, fewest: in
     """For steps of ``fewest`` to ``tokens`` tokens, or None where tiles do not serve this model."""
     if not tokens:
         return None
-    reason = supports(spec, weights.embed.token.dtype) or not_plain(weights)
+    reason = supports(spec, weights.embed.table.dtype) or not_plain(weights)
     if reason is not None:
         log.info("no encoder path for this %s model: %s", spec.family, reason)
         return None
@@ -136,7 +136,7 @@ def _persistent(spec: ModelSpec, weights: ModelWeights, head: Head | None, token
     """For steps of up to ``tokens`` tokens, its kernels compiled; or None where it does not serve this model here."""
     if not tokens:
         return None
-    like = weights.embed.token
+    like = weights.embed.table
     reason = unsupported(spec, weights, like.dtype, like.device)
     if reason is not None:
         log.info("no persistent kernel for short steps of this %s model: %s", spec.family, reason)

@@ -56,7 +56,7 @@ class Room:
     @classmethod
     def of(cls, spec: ModelSpec, weights: ModelWeights, tokens: int, norms: Norms, tiles: TileChoice) -> Room:
         """Buffers for steps of up to ``tokens`` tokens."""
-        like = weights.embed.token
+        like = weights.embed.table
         device = like.device
 
         def rows(n: int) -> Tensor:
@@ -138,7 +138,7 @@ def embed_step(
     """The sums of embeddings of a step's rows into ``out`` [rows, hidden], with their ``statistics``."""
     learned = spec.positions if isinstance(spec.positions, LearnedPositions) else None
     tables = Tables(
-        embed.token,
+        embed.table,
         embed.position if learned is not None else None,
         learned.offset if learned is not None else 0,
         embed.token_type,

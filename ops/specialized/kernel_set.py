@@ -8,8 +8,9 @@ import torch
 
 from ops.collective import Collective
 from ops.errors import KernelError
-from ops.generic.kernel_set import GenericKernels
+from ops.generic.kernel_set import GenericKernels, assert_plain_weights
 from ops.plan import Bucket, Decoder, DecodeState, StepPlan
+from ops.quantization.scheme import Scheme
 from ops.spec import ModelSpec
 from ops.specialized import encoder, persistent
 from ops.triton_support import assert_runs
@@ -28,9 +29,12 @@ class SpecializedKernels(GenericKernels):
 
     name = "specialized"
 
-    def assert_supports(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
+    def assert_supports(
+        self, spec: ModelSpec, device: torch.device, dtype: torch.dtype, scheme: Scheme | None = None
+    ) -> None:
         """fp16 and bf16, on Hopper or newer for decoders; raises with the reason and what to set."""
         assert_runs(self.name, device, dtype)
+        assert_plain_weights(self.name, scheme)
         reason = persistent.unsupported(spec, None, dtype, device) if spec.causal else encoder.supports(spec, dtype)
         if reason is not None:
             raise KernelError(f'kernels "{self.name}" do not run this model here: {reason}; set "kernels" to "generic"')

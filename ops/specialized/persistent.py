@@ -301,7 +301,7 @@ class PersistentDecoder:
         #: Of what each step reads whole: all but the tables of the input.
         self.weight_bytes = sum(one.bytes for name, part in held.items() if name != "embed" for one in part)
         if spec.head is not None and spec.head.tied:
-            self.weight_bytes += weights.embed.token.nbytes
+            self.weight_bytes += weights.embed.table.nbytes
         self._kept = (weights, constants)  # the table holds their addresses
         chosen = _table(spec, weights, state, self._buffers, constants, None)
         full = _table(spec, weights, state, self._buffers, constants, self._logits)
@@ -371,7 +371,7 @@ def _table(
     head = weights.head
     assert head is not None
     assert head.out is not None
-    entries = [weights.embed.token, weights.embed.position, *norm_parts(weights.final_norm), *linear_parts(head.out)]
+    entries = [weights.embed.table, weights.embed.position, *norm_parts(weights.final_norm), *linear_parts(head.out)]
     entries += [
         state.block_table,
         state.tokens,

@@ -157,7 +157,7 @@ class EncoderRoom:
 
     def __init__(self, spec: ModelSpec, weights: ModelWeights, tokens: int, layout: Choice) -> None:
         """For steps of up to ``tokens`` tokens."""
-        like = weights.embed.token
+        like = weights.embed.table
         device, rows = like.device, ceil_div(tokens, TILE) * TILE
         self.layout, self.blocks = layout, torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -280,7 +280,7 @@ class PersistentEncoder(EncoderGraphs):
     ) -> None:
         """``head`` as in :class:`ops.specialized.encoder.EncoderPlan`, ``tokens`` the largest step, ``layout`` chooses
         the kernel's sizes. Raises :class:`KernelError` for a model that the kernel cannot run."""
-        reason = unsupported(spec, weights, weights.embed.token.dtype, weights.embed.token.device)
+        reason = unsupported(spec, weights, weights.embed.table.dtype, weights.embed.table.device)
         if reason is not None:
             raise KernelError(
                 f'the encoder kernel cannot run this {spec.family} model: {reason}; set "kernels" to "generic"'

@@ -16,10 +16,11 @@ from typing import Any
 
 from profiler.judge import Judged
 from profiler.page import figures, rows, summary
+from profiler.page.figures import check_installed
 from profiler.report import Report
 from profiler.summary import executed_differs
 
-__all__ = ["page"]
+__all__ = ["check_installed", "page"]
 
 _PHASES = {
     "all": "All",
@@ -38,7 +39,7 @@ def page(report: Report) -> str:
     Raises:
         ProfilerError: plotly or Jinja is not installed; or the limits have no peak for the workload's precision.
     """
-    figures.check_installed()
+    check_installed()
     from jinja2 import Environment
 
     judged = Judged(report)

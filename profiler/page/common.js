@@ -50,7 +50,7 @@ function percent(share) {
   return [value >= 9.95 || value === 0 ? value.toFixed(0) : value.toFixed(1), "%"];
 }
 
-const said = (parts) => (parts ? `${parts[0]} ${parts[1]}`.trim() : "–");
+const said = (parts) => (parts ? `${parts[0]}${parts[1] === "%" ? "" : " "}${parts[1]}`.trim() : "–");
 
 /* ---- what a cell says ---- */
 

@@ -156,12 +156,4 @@ def _kernels(judged: Judged) -> dict[str, dict[str, Spent]]:
     """Time by phase and kernel over all modules, and of communication in ``all``."""
     timing = judged.report.timing
     assert timing is not None
-    found: dict[str, dict[str, Spent]] = {phase: {} for phase in phases_of(judged)}
-    for phases in timing.modules.values():
-        for phase, each in phases.items():
-            for name, spent in each.items():
-                for key in {ALL, phase} & found.keys():
-                    found[key][name] = found[key].get(name, Spent()) + spent
-    for name, spent in timing.communication.items():
-        found[ALL][name] = found[ALL].get(name, Spent()) + spent
-    return found
+    return {phase: timing.kernels(_phase(phase)) for phase in phases_of(judged)}

@@ -11,14 +11,12 @@ from profiler.advice import HotSpot, hot_spots, remarks
 from profiler.ceilings import BANDWIDTH, Source
 from profiler.judge import Judged
 from profiler.summary import executed_differs
-from profiler.units import joules, percentage, quantity, seconds
+from profiler.units import joules, many, percentage, quantity, seconds
 
 #: Cards in a row, at most.
 WIDEST = 6
 #: What the colours of the flame graph stand for.
 REACHED = ("under 10%", "10 to 30%", "30 to 60%", "over 60% of the roofline")
-#: A step that is so many times longer while it is timed is said to be.
-NOTICED = 1.02
 
 _MODES = {"training": "training step", "inference": "inference", "call": "one call"}
 _PHASES = {"forward": "forward", "recompute": "recompute", "backward": "backward", "step": "optimizer step"}
@@ -72,9 +70,9 @@ def _facts(judged: Judged) -> Iterator[str]:
     yield _MODES[load.mode]
     yield load.precision
     if load.samples is not None:
-        yield _many(load.samples, "sample")
+        yield many(load.samples, "sample")
     if load.tokens is not None:
-        yield _many(load.tokens, "token")
+        yield many(load.tokens, "token")
     if load.micro_batches > 1:
         yield f"{load.micro_batches} micro-batches"
     if load.world_size > 1:
@@ -128,7 +126,7 @@ def _speed(judged: Judged) -> Iterator[Card]:
         peak = quantity(report.limits.peak(report.workload.precision) if report.limits else None, "FLOP/s")
         yield Card("Model FLOPs utilization", *_percent(judged.mfu), hardware or f"of {peak}")
     if judged.efficiency is not None:
-        yield Card("Of the roofline", *_percent(judged.efficiency), "of what the limits allow, while timed")
+        yield Card("Of the roofline", *_percent(judged.efficiency), "of what the limits allow")
 
 
 def _parts(judged: Judged) -> Iterator[Part]:
@@ -146,10 +144,12 @@ def _parts(judged: Judged) -> Iterator[Part]:
 
 def _timed(judged: Judged) -> str:
     """What the parts add up to, where that is not the step time as it stands on its card."""
-    timing = judged.report.timing
-    if timing is None or not timing.plain_seconds or timing.step_seconds < NOTICED * timing.plain_seconds:
+    if judged.detail_seconds is None:
         return ""
-    return f"Shares and times of modules are of a step while timed: {seconds(timing.step_seconds)}."
+    return (
+        f"The figures above are of the plain step, {seconds(judged.seconds)}; what phases and modules take is of the "
+        f"step while it was timed, {seconds(judged.detail_seconds)}."
+    )
 
 
 def _advice(spot: HotSpot) -> dict[str, str]:
@@ -204,10 +204,6 @@ def _split(written: str) -> tuple[str, str]:
 
 def _percent(share: float) -> tuple[str, str]:
     return percentage(share).rstrip("%"), "%"
-
-
-def _many(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _sentence(said: str) -> str:

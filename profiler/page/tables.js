@@ -68,7 +68,8 @@ class Table {
     this.body = element("tbody");
     this.table.replaceChildren(this.head(), this.body);
     this.filter = byId(`${name}-filter`);
-    this.filter.addEventListener("input", () => this.show());
+    /* A thousand rows at every key would be slow. */
+    this.filter.addEventListener("input", () => { this.all = false; this.show(); });
     this.more.addEventListener("click", () => { this.all = true; this.show(); });
     listeners.push(() => this.show());
   }

@@ -67,7 +67,9 @@ def test_cupy_of_numpy_shares_memory_and_packs() -> None:
     cupy.cuda.get_current_stream().synchronize()
 
 
-@pytest.mark.parametrize("name", ["onebit_against_deepspeed", "compression_against_deepspeed"])
+@pytest.mark.parametrize(
+    "name", ["onebit_against_deepspeed", "compression_against_deepspeed", "profiler_against_deepspeed"]
+)
 @pytest.mark.skipif(util.find_spec("deepspeed") is not None, reason="deepspeed is installed here")
 def test_without_deepspeed_one_line(name: str) -> None:
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": PYTHONPATH}

@@ -160,14 +160,53 @@ def test_inference(generates: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     files = {name: tmp_path / f"p.{name}" for name in ("json", "trace")}
     arguments = [f"--{name}={path}" for name, path in files.items()]
     assert cli.main(["profile", str(generates), "--batch", "2", "--tokens", "5", "--new", "3", *arguments]) == 0
-    shown = capsys.readouterr().out
-    assert "Profile of gpt2" in shown
-    assert "Longest kernels" not in shown
+    shown = capsys.readouterr()
+    assert "Profile of gpt2" in shown.out
+    assert "Longest operators" not in shown.out
+    for line in ("profiling 2 sequences of 5 tokens each", "counting a step", "timing a step, 3 of 3", "wrote "):
+        assert f"slipstream.profiler: {line}" in shown.err
     report = Report.load(files["json"])
     assert (report.workload.samples, report.workload.tokens) == (2, 2 * (5 + 3))
     assert json.loads(files["trace"].read_text("utf-8"))["traceEvents"]
     assert cli.main(["profile", "--diff", str(files["json"]), str(files["json"])]) == 0
     assert capsys.readouterr().out == "Nothing changed.\n"
+
+
+def test_the_texts_of_the_job_or_any_tokens(
+    generates: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number of tokens to generate goes with both; by default sequences are no longer than the model takes."""
+    found: list[dict[str, Any]] = []
+    monkeypatch.setattr(Engine, "profile", lambda self, **given: found.append(given) or hand_made())
+    job = ["--set", 'job={"type": "generate", "prompts": ["a", "b"]}']
+    for more in ([], ["--new", "3"], ["--batch", "3"], ["--tokens", "5", "--new", "2"]):
+        assert cli.main(["profile", str(generates), *job, *more]) == 0
+    given = [(one["prompt"], one.get("max_new_tokens")) for one in found]
+    assert given[:2] == [(["a", "b"], None), (["a", "b"], 3)]
+    assert [(len(prompt), len(prompt[0]), new) for prompt, new in given[2:]] == [(3, 112, 16), (1, 5, 2)]
+    assert capsys.readouterr().err.count("profiling 2 texts of the job") == 2
+
+
+def test_what_would_fail_behind_the_work_fails_before_it(
+    generates: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without plotly there is no page."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(Engine, "profile", lambda *_, **__: pytest.fail("it was run"))
+    page = str(tmp_path / "p.html")
+    section = ["--set", 'flops_profiler.formats=["html"]', "--set", f"flops_profiler.output_file={page}"]
+    for arguments in (["--html", page], section):
+        assert cli.main(["profile", str(generates), *arguments]) == 2
+        assert capsys.readouterr().err == (
+            "slipstream: error: the HTML page needs plotly and jinja2: pip install 'slipstream-runtime[report]'\n"
+        )
+
+
+def test_a_timeline_by_the_config_alone(generates: Path, tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    section = ["--set", 'flops_profiler.formats=["chrome_trace"]', "--set", f"flops_profiler.output_file={path}"]
+    assert cli.main(["profile", str(generates), "--tokens", "3", "--new", "2", *section]) == 0
+    assert json.loads(path.read_text("utf-8"))["traceEvents"]
 
 
 def test_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,6 +233,8 @@ def test_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.workload.samples == 4
     assert report.counts.total("step").operators
     assert not (tmp_path / "out").exists()
+    assert cli.main(["profile", str(path), "--batch", "3"]) == 2
+    assert '--batch: of no use with a section "training"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -201,8 +242,17 @@ def test_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "profile: give a CONFIG, or --diff with two profiles (see `slipstream profile --help`)"),
         (["CONFIG", "--diff", "a", "b"], "--diff compares two files: give it neither a CONFIG nor options beside it"),
-        (["--diff", "a.json", "b.json"], "a.json: cannot be read as a profile: "),
-        (["CONFIG", "--json", "none/p.json"], "none/p.json: there is no directory "),
+        (
+            ["--diff", "a", "b", "--new", "3"],
+            "--diff compares two files: give it neither a CONFIG nor options beside it",
+        ),
+        (["--diff", "a.json", "b.json"], "a.json: cannot be read: No such file or directory"),
+        (["CONFIG", "--json", "none/p.json"], "--json none/p.json: there is no directory "),
+        (["CONFIG", "--html", "."], "--html .: is not a file"),
+        (
+            ["CONFIG", "--set", 'flops_profiler.output_file="/dev/null/p"'],
+            "$.flops_profiler.output_file: /dev/null/p: there is no directory /dev/null",
+        ),
         (["CONFIG", "--tokens", "4000"], "--tokens: 4000, but this model takes "),
         (["CONFIG", "--batch", "0"], 'argument --batch: got "0", wanted a whole number from 1'),
     ],

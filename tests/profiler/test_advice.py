@@ -121,6 +121,23 @@ def test_idle_time_and_communication_are_remarked_from_a_tenth_on():
     assert "communication takes 24% of the step (20.0 ms)" in found[1].text
 
 
+def test_a_step_beyond_measured_limits_is_remarked():
+    """A bandwidth of NVML is what it is: caches alone can be faster."""
+    report = hand_made()
+    fast = replace(report, timing=replace(report.timing, plain_seconds=report.timing.plain_seconds / 3))
+    (found,) = remarks(Judged(fast))
+    assert found.help == "ceilings"
+    assert found.text.startswith("the step is at 150% of the roofline: ")
+    known = replace(LIMITS, sources={**LIMITS.sources, "bandwidth": "nvml"})
+    assert remarks(Judged(replace(fast, limits=known))) == ()
+
+
+def test_the_runtime_has_kernel_sets_and_other_models_are_compiled():
+    module = leaf("m", "Act", forward={"mul": elementwise(1 << 22, calls=5)})
+    for mode, remedy in (("inference", "a kernel set that fuses more"), ("call", "torch.compile")):
+        assert spot(module, mode).advice[0].text.endswith(f"through memory: {remedy} passes it once")
+
+
 def test_without_times_or_limits_nothing_is_lost():
     for missing in ({"timing": None}, {"limits": None}):
         judged = Judged(replace(hand_made(), **missing))

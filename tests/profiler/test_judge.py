@@ -134,3 +134,23 @@ def test_what_is_not_known_is_none():
     assert Judged(replace(report, limits=LIMITS)).total("").bound == "compute"
     assert Judgement(Work(flops=1, executed_flops=1)).intensity == math.inf
     assert Judgement(Work(flops=1, executed_flops=1)).to_dict()["intensity"] is None
+
+
+def test_the_whole_step_is_that_without_the_profiler():
+    """Rates, utilization and the roofline of the whole by the plain step; those of its parts by the timed one."""
+    report = report_of(leaf("big", "Linear", forward={"aten.mm": product(4096, 4096, 4096)}))
+    slow = replace(report, timing=replace(report.timing, plain_seconds=report.timing.step_seconds / 1.25))
+    found = Judged(slow)
+    assert found.seconds == slow.timing.plain_seconds
+    assert found.efficiency == pytest.approx(0.5 * 1.25)
+    assert found.mfu == pytest.approx(found.efficiency)
+    assert found.own("big").efficiency == pytest.approx(0.5)
+    assert found.detail_seconds == slow.timing.step_seconds
+    assert "while it was timed, of which are the times of its parts" in str(slow)
+
+
+@pytest.mark.parametrize(("times", "said"), [(1.0, False), (1.015, False), (0.985, False), (1.03, True), (0.97, True)])
+def test_a_timed_step_that_is_not_as_long_is_noticed(times, said):
+    report = report_of(leaf("big", "Linear", forward={"aten.mm": product(64, 64, 64)}))
+    timing = replace(report.timing, plain_seconds=1.0, step_seconds=times)
+    assert (Judged(replace(report, timing=timing)).detail_seconds is not None) == said

@@ -268,7 +268,7 @@ def test_a_dot_says_what_it_is(browser):
     )
     assert dot["x"] == pytest.approx(own.intensity)
     assert dot["y"] == pytest.approx(own.flops_rate)
-    assert f"{100 * own.efficiency:.0f} % of the roofline, bound by memory" in dot["text"]
+    assert f"{100 * own.efficiency:.0f}% of the roofline, bound by memory" in dot["text"]
     assert "operations a byte" in browser.hover("#plot-roofline .trace .point")
 
 

@@ -70,6 +70,15 @@ def test_a_step_is_counted_timed_and_judged():
     assert nothing_is_left()
 
 
+def test_activations_of_a_forward_pass_with_gradients_are_those_of_its_graph():
+    """Though nobody keeps its result. By hand: the two inner results and the output; ReLU keeps its output, not its
+    input, and a product its input."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    report = profile(lambda: model(torch.ones(2, 8)), model, repeats=0)
+    assert report.counts.root.total_activation_bytes == 4 * 2 * (16 + 4) + report.counts.root.activation_bytes
+    assert report.counts.module("1").activation_bytes == 4 * 2 * 16
+
+
 def test_nothing_that_is_computed_changes():
     plain, profiled = net(), net()
     torch.manual_seed(1)

@@ -102,9 +102,9 @@ def test_save_and_load(tmp_path):
 def test_damaged_files_are_named(tmp_path, content):
     path = tmp_path / "report.json"
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(ProfilerError, match=r"report\.json: cannot be read as a profile: "):
+    with pytest.raises(ProfilerError, match=r"report\.json: not a profile, as it is no JSON: "):
         Report.load(path)
-    with pytest.raises(ProfilerError, match=r"none\.json: cannot be read as a profile: "):
+    with pytest.raises(ProfilerError, match=r"none\.json: cannot be read: No such file"):
         Report.load(tmp_path / "none.json")
     path.write_text('{"schema": 7}')
     with pytest.raises(ProfilerError, match=r"report\.json: a profile of schema 7"):

@@ -72,8 +72,7 @@ def test_where_the_time_goes_as_it_is_printed():
    precision: bound by compute in fp32: the peak of bf16 is 4.0 times as high
 2. layers.*.act (3)
    57 operators, 50% of the roofline, 4.78 ms lost
-   fuse: 57 operators without products pass 478 MB through memory: torch.compile, or a kernel set
-   that fuses them, passes it once
+   fuse: 57 operators without products pass 478 MB through memory: torch.compile passes it once
 3. (optimizer step)
    4 operators, 50% of the roofline, 1.60 ms lost
    fuse: 4 operators without products pass 160 MB through memory: an optimizer with fused=True

@@ -93,13 +93,6 @@ def test_the_json_file_is_a_flat_list(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["rows.json"]
 
 
-def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"--json .*none/x\.json: there is no directory"):
-        report.check_writable(tmp_path / "none" / "x.json", "--json")
-    with pytest.raises(EngineError, match="is not a file"):
-        report.check_writable(tmp_path, "--chart")
-
-
 def test_the_chart_is_a_png_with_room_for_every_bar(tmp_path: Path) -> None:
     few, many = tmp_path / "few.png", tmp_path / "many.png"
     chart.draw(WIDE[:2], few)

@@ -1,9 +1,10 @@
 """A process of test_cut_link.py: ``KIND STEPS OUTPUT...``, a run after the other; an output "-" is a loop of one's own.
-Imports no transformers."""
+Says when an error was raised, and which. Imports no transformers."""
 
 from __future__ import annotations
 
 import sys
+import time
 
 import torch
 from torch import nn
@@ -42,7 +43,7 @@ def main(kind: str, steps: int, *outputs: str) -> int:
             else:
                 engine.fit(rows)
         except SlipstreamError as error:
-            print(error, flush=True)
+            print(f"{time.monotonic()} {error}", flush=True)
             return 2
     return 0
 

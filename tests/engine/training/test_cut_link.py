@@ -23,8 +23,8 @@ from tests.conftest import PYTHONPATH
 from tests.engine.training import cut_link
 from tests.engine.training.test_workers import has_steps, lines, wait_for
 
-#: Seconds, beside an exchange's, for all to find out who is gone, to say so and to end, on a busy machine too.
-END = 25.0
+#: Seconds, beside an exchange's, for all to find out who is gone and to say so; and to end then, on a busy machine.
+ASK, END = 8.0, 20.0
 #: More than a run makes before its link is cut, and how many it makes when it goes on.
 MANY, MORE = 10**6, 20
 
@@ -63,6 +63,14 @@ def ended(processes: list[subprocess.Popen[str]], seconds: float) -> list[tuple[
     return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
 
 
+def raised(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    """What each has come to and why, once one of them has gone: soon enough."""
+    gone = time.monotonic()
+    said = [(code, text.split(" ", 1)) for code, text in ended(processes, cut_link.TIMEOUT + ASK + END)]
+    assert all(float(when) - gone < cut_link.TIMEOUT + ASK for _, (when, _) in said), said
+    return [(code, why) for code, (_, why) in said]
+
+
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
@@ -91,7 +99,7 @@ def test_a_cut_link(tmp_path: Path, hosts: int, cut: int, kind: str, seen: list[
         processes = begin(network, kind, str(MANY), str(run))
         wait_for(partial(has_steps, run / "metrics.jsonl", 12))
         link(network, cut, "down")
-        said = ended(processes, cut_link.TIMEOUT + END)
+        said = raised(processes)
         saved = list_saved(run / "checkpoints")[-1]
         last = saved.step
         assert check(saved, deep=True), "it is whole"
@@ -127,7 +135,7 @@ def test_a_process_that_does_not_answer(tmp_path: Path, number: signal.Signals, 
             assert one.stdout is not None
             assert one.stdout.readline() == "signs\n"
         other.send_signal(number)
-        said = ended([one], cut_link.TIMEOUT + END)
+        said = raised([one])
     finally:
         for process in (one, other):
             process.kill()

@@ -272,9 +272,10 @@ def test_a_worker_that_stands_still_is_named(home: Path, tmp_path: Path) -> None
     stopper.start()
     with pytest.raises(WorkerFailed, match=r"rank 1 does not answer: standing still, or slower than \$.training.exch"):
         engine.fit()
+    raised = time.monotonic()
     stopper.join()
+    assert raised - stopped[0] < 3 + 3 + 5, "the timeout, the time to ask, and a busy machine"
     wait_for(lambda: not worker_pids(os.getpid()), 10)
-    assert time.monotonic() - stopped[0] < 3 + 3 + 15, "the timeout, the time to ask, and a busy machine"
 
 
 #: When a worker was last killed, or stopped.

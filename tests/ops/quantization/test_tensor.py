@@ -262,3 +262,33 @@ def test_a_missing_part_is_named(part: str) -> None:
     del tensors[f"w.{part}"]
     with pytest.raises(QuantizationError, match=f"w.{part} is missing"):
         QuantizedTensor.from_tensors("w", tensors, tensor.to_metadata("w"))
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(8, True), (4, False)])
+def test_stacked_is_quantized_together(bits: int, symmetric: bool) -> None:
+    parts = [torch.randn(rows, 20) for rows in (3, 1, 6)]
+    how: dict[str, Any] = {"bits": bits, "group_size": 8, "symmetric": symmetric}
+    found = QuantizedTensor.stack([quantize(part, **how) for part in parts])
+    whole = quantize(torch.cat(parts), **how)
+    assert found.shape == (10, 20)
+    assert all(
+        torch.equal(a, b) for a, b in zip(found.to_tensors("w").values(), whole.to_tensors("w").values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    "other", [{"bits": 4}, {"group_size": 4}, {"symmetric": False}, {"scale_dtype": torch.float32}]
+)
+def test_what_cannot_be_stacked(other: dict[str, Any]) -> None:
+    how: dict[str, Any] = {"bits": 8, "group_size": 8}
+    with pytest.raises(QuantizationError, match="differ in bits, group size"):
+        QuantizedTensor.stack([quantize(torch.randn(2, 8), **how), quantize(torch.randn(2, 8), **{**how, **other})])
+
+
+def test_a_copy_has_memory_of_its_own() -> None:
+    one = quantize(torch.randn(2, 8), bits=8, group_size=8, symmetric=False)
+    copy = one.to("cpu", copy=True)
+    assert one.to("cpu").values.data_ptr() == one.values.data_ptr()
+    for part in ("values", "scales", "zero_points"):
+        assert getattr(copy, part).data_ptr() != getattr(one, part).data_ptr()
+        assert torch.equal(getattr(copy, part), getattr(one, part))
