@@ -91,9 +91,9 @@ BROKEN = {
     ),
     "a typo": (
         '{"model": {"path": "m"}, "precison": "fp32"}',
-        '$.precison: unknown key, did you mean "precision"? (allowed: $schema, model, device, precision, quantization, kernels, '
-        "inference, generation, embedding, training, optimizer, schedule, progressive_layer_drop, quantize_training, "
-        "flops_profiler, data, job)",
+        '$.precison: unknown key, did you mean "precision"? (allowed: $schema, model, device, precision, quantization, '
+        "kernels, inference, generation, embedding, training, optimizer, schedule, progressive_layer_drop, "
+        "quantize_training, flops_profiler, data, job)",
     ),
     "a number in quotes": (
         '{"model": {"path": "m"}, "generation": {"max_new_tokens": "20"}}',

@@ -107,7 +107,10 @@ def nearest(group_size: int | None, symmetric: bool) -> Callable[[Tensor, int], 
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
+    """Of linear layers and the token embedding."""
+    rounded = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = [f"{name}.weight" for name, _ in rounded]
+    return ["bert.embeddings.word_embeddings.weight", *names] if hasattr(model, "bert") else names
 
 
 def falling(step: int) -> int | None:
