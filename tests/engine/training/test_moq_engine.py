@@ -13,7 +13,7 @@ import transformers
 from engine import Engine
 from engine.errors import EngineError
 from ops.quantization import dequantize, quantize
-from tests.engine.training.trained import bert, config, masked
+from tests.engine.training.trained import bert, config, llama, masked
 
 BATCHES = [masked(4, seed) for seed in range(6)]
 MOQ: dict[str, Any] = {"start_bits": 6, "target_bits": 4, "quantize_period": 2, "group_size": 8}
@@ -93,6 +93,31 @@ def test_what_is_saved_is_a_plain_model(tmp_path: Path) -> None:
         again = quantize(loaded.get_parameter(name), bits=4, group_size=8)
         assert torch.equal(tensor.values, again.values)
         assert torch.equal(tensor.scales, again.scales)
+
+
+@pytest.mark.parametrize(("precision", "bits", "size"), [("int8", 8, None), ("int4", 4, 16)])
+def test_an_engine_serves_what_was_trained(precision: str, bits: int, size: int | None, tmp_path: Path) -> None:
+    """From the saved weights, in as many bits: the logits that training evaluates with."""
+    keys = {"start_bits": bits, "target_bits": bits, "group_size": size}
+    trained = Engine(config(quantize_training=keys), model=llama())
+    for seed in range(3):
+        ids = masked(4, seed)["input_ids"]
+        trained.train_batch({"input_ids": ids, "labels": ids})
+    trained.save_pretrained(str(tmp_path))
+    served = Engine(
+        {
+            "model": {"path": str(tmp_path)},
+            "device": "cpu",
+            "precision": precision,
+            "quantization": {"group_size": size, "scale_dtype": "fp16", "compute": "fp32"},
+        }
+    )
+    batch = {"input_ids": BATCHES[0]["input_ids"]}
+    wanted = trained._trainer.infer(batch).logits
+    torch.testing.assert_close(served(batch).logits, wanted, rtol=0, atol=1e-5)
+    trained.model.eval()
+    with torch.no_grad():
+        assert not torch.allclose(trained.model(**batch).logits, wanted, rtol=0, atol=1e-5)
 
 
 def test_a_schedule_longer_than_the_training_is_refused() -> None:
