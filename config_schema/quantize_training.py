@@ -83,8 +83,8 @@ class QuantizeTraining(Section):
     """Weights are mixed with their rounded values, by so much more a step since the last lost bit; null mixes nothing
     (DeepSpeed's fp16_mixed_quantize)."""
 
-    embeddings: bool = True
-    """Whether embeddings are rounded too."""
+    embedding: bool = True
+    """Whether the token embedding is rounded, and with it an output layer that is tied to it."""
 
     head: bool = True
     """Whether the output layers behind a Hugging Face model's body are rounded too."""

@@ -92,7 +92,7 @@ class MoQ(Feature):
     def forward_context(self, progress: Progress) -> Iterator[None]:
         """Puts the rounded weights in. They stay until the backward pass has ended, which may compute blocks again."""
         self._put(self._prepared)
-        if self._asks(progress):  # of attention's kernels the only one with a second derivative
+        if self._lost:  # of attention's kernels the only one with a second derivative
             self._until_backward_end.enter_context(sdpa_kernel(SDPBackend.MATH))
         try:
             yield
@@ -102,7 +102,7 @@ class MoQ(Feature):
 
     def loss(self, progress: Progress, loss: Tensor) -> Tensor:
         """Asks for eigenvalues with the first micro-batch of a step in which a bit was lost and others are to be."""
-        if self._asks(progress):
+        if self._lost:
             self._stretch(loss)
         return loss
 
@@ -250,9 +250,6 @@ class MoQ(Feature):
     def _has_factor(self, weight: RoundedWeight, stage: Stage) -> bool:
         """Whether eigenvalues have a say in when the next bit goes."""
         return self.curvature is not None and weight.block is not None and stage.bits > weight.schedule.target_bits
-
-    def _asks(self, progress: Progress) -> bool:
-        return bool(self._lost) and progress.micro_batch == 0
 
     def _stretch(self, loss: Tensor) -> None:
         """Finds the eigenvalues at the rounded weights, and the next periods of blocks that have just lost a bit."""

@@ -89,9 +89,13 @@ def find_weights(model: nn.Module, chosen: QuantizeTraining, stack: BlockStack |
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Linear layers and embeddings whose weights are trained, by name."""
+    """Linear layers and token embeddings whose weights are trained, by name. Of a model that does not say which
+    embedding is that of the tokens, all; other embeddings are served as they are."""
+    ask = getattr(model, "get_input_embeddings", None)
+    tokens = None if ask is None else ask()
     for name, module in model.named_modules():
-        if not (isinstance(module, nn.Linear | nn.Embedding) or _is_conv1d(module)):
+        embeds = isinstance(module, nn.Embedding) and tokens in (None, module)
+        if not (embeds or isinstance(module, nn.Linear) or _is_conv1d(module)):
             continue
         if isinstance(module.weight, nn.Parameter) and module.weight.requires_grad:
             yield name, module
@@ -103,7 +107,7 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def _left_out(model: nn.Module, chosen: QuantizeTraining, modules: Mapping[str, nn.Module]) -> frozenset[str]:
     found = {name for pattern in chosen.exclude for name in _named(pattern, modules, "exclude")}
-    if not chosen.embeddings:
+    if not chosen.embedding:
         found |= {name for name, module in modules.items() if isinstance(module, nn.Embedding)}
     if not chosen.head:
         body = getattr(model, "base_model_prefix", "")
@@ -156,7 +160,7 @@ def _assert_one_way(names: Sequence[str], left_out: frozenset[str], schedules: M
         if (name in left_out) != (first in left_out) or schedules[name] != schedules[first]:
             raise EngineError(
                 f"{SECTION}: {first} and {name} are one weight, and are to be rounded in two ways: say the same of "
-                "both (embeddings and head, exclude, rules)"
+                "both (embedding and head, exclude, rules)"
             )
 
 

@@ -93,7 +93,7 @@ def quantization_strategies() -> dict[str, st.SearchStrategy[Any]]:
     }
     return {
         **bits,
-        **{name: st.booleans() for name in ("enabled", "embeddings", "head")},
+        **{name: st.booleans() for name in ("enabled", "embedding", "head")},
         **{name: or_null(COUNTS) for name in ("group_size", "quantize_groups")},
         "schedule_offset": st.integers(0, 2**31 - 1),
         "q_type": st.sampled_from(["symmetric", "asymmetric"]),

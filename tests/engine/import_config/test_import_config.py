@@ -445,13 +445,10 @@ def test_every_key_with_a_reason_gives_a_row(key: str) -> None:
     if "scheduler" in source:
         source["scheduler"]["type"] = "WarmupLR"
     switched = {"fp16", "bf16", "amp", "torch_autocast", "progressive_layer_drop", "flops_profiler"}
-    switched |= {"quantize_training", "eigenvalue"}
-    for section in switched & source.keys():
+    for section in (switched | {"quantize_training", "eigenvalue"}) & source.keys():
         source[section]["enabled"] = True
-    if "eigenvalue" in source:
-        source["quantize_training"] = {"enabled": True}
-    elif "eigenvalue" in sections:
-        source["quantize_training"]["eigenvalue"]["enabled"] = True
+    if "eigenvalue" in key:  # in its own section, or in that of quantize_training
+        source.setdefault("quantize_training", {"enabled": True}).get("eigenvalue", {})["enabled"] = True
     if sections and sections[-1] in ("activation_checkpointing", "offload_optimizer", "offload_param"):
         key = ".".join(sections)  # a section that has one row as a whole
         assert key in fates(import_config(source))

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from engine import Engine
+from engine.training.parallel import mean_of
 from tests.engine.training.trained import Stack, config
 
 #: What each run is trained with; layers that are dropped exchange gradients in another way.
@@ -44,7 +45,8 @@ def trained(run: str) -> tuple[list[float], dict[str, float], list[list[int]]]:
 
 def main(target: Path) -> None:
     """Each process writes what it found."""
-    found = {run: trained(run) for run in RUNS}
+    found: dict[str, Any] = {run: trained(run) for run in RUNS}
+    found["mean"] = mean_of(torch.tensor([1.0 + dist.get_rank()])).tolist()
     (target / f"{dist.get_rank()}.json").write_text(json.dumps(found), encoding="utf-8")
 
 

@@ -107,7 +107,10 @@ def nearest(group_size: int | None, symmetric: bool) -> Callable[[Tensor, int], 
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
+    """Of linear layers and the token embedding."""
+    rounded = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = [f"{name}.weight" for name, _ in rounded]
+    return ["bert.embeddings.word_embeddings.weight", *names] if hasattr(model, "bert") else names
 
 
 def falling(step: int) -> int | None:
@@ -215,6 +218,25 @@ def test_what_fails_leaves_the_weights() -> None:
         with pytest.raises((EngineError, RuntimeError)):
             loop.train_batch([bad])
         assert all(torch.equal(tensor, states[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_backward_pass_that_fails_leaves_the_weights() -> None:
+    model = Stack()
+
+    def breaks(grad: Tensor) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
+        output = model(batch)
+        output.register_hook(breaks)
+        loss: Tensor = output.square().mean()
+        return loss
+
+    loop, _ = loop_of(model, section(), loss_of)
+    states = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        loop.train_batch(batches(1)[0])
+    assert all(torch.equal(tensor, states[name]) for name, tensor in model.state_dict().items())
 
 
 def test_an_overflow_takes_no_bit_twice() -> None:

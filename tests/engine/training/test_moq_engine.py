@@ -13,7 +13,7 @@ import transformers
 from engine import Engine
 from engine.errors import EngineError
 from ops.quantization import dequantize, quantize
-from tests.engine.training.trained import bert, config, masked
+from tests.engine.training.trained import bert, config, llama, masked
 
 BATCHES = [masked(4, seed) for seed in range(6)]
 MOQ: dict[str, Any] = {"start_bits": 6, "target_bits": 4, "quantize_period": 2, "group_size": 8}
@@ -51,7 +51,7 @@ def test_what_is_evaluated_is_what_would_be_served() -> None:
         plain = other(**BATCHES[0]).logits
         for module in other.modules():
             tied = module is other.get_output_embeddings()  # its weight is the embedding's
-            if isinstance(module, torch.nn.Linear | torch.nn.Embedding) and not tied:
+            if module is other.get_input_embeddings() or (isinstance(module, torch.nn.Linear) and not tied):
                 module.weight.copy_(dequantize(quantize(module.weight, bits=4, group_size=8)))
         wanted = other(**BATCHES[0]).logits
     assert torch.equal(found, wanted)
@@ -95,6 +95,31 @@ def test_what_is_saved_is_a_plain_model(tmp_path: Path) -> None:
         assert torch.equal(tensor.scales, again.scales)
 
 
+@pytest.mark.parametrize(("precision", "bits", "size"), [("int8", 8, None), ("int4", 4, 16)])
+def test_an_engine_serves_what_was_trained(precision: str, bits: int, size: int | None, tmp_path: Path) -> None:
+    """From the saved weights, in as many bits: the logits that training evaluates with."""
+    keys = {"start_bits": bits, "target_bits": bits, "group_size": size}
+    trained = Engine(config(quantize_training=keys), model=llama())
+    for seed in range(3):
+        ids = masked(4, seed)["input_ids"]
+        trained.train_batch({"input_ids": ids, "labels": ids})
+    trained.save_pretrained(str(tmp_path))
+    served = Engine(
+        {
+            "model": {"path": str(tmp_path)},
+            "device": "cpu",
+            "precision": precision,
+            "quantization": {"group_size": size, "scale_dtype": "fp16", "compute": "fp32"},
+        }
+    )
+    batch = {"input_ids": BATCHES[0]["input_ids"]}
+    wanted = trained._trainer.infer(batch).logits
+    torch.testing.assert_close(served(batch).logits, wanted, rtol=0, atol=1e-5)
+    trained.model.eval()
+    with torch.no_grad():
+        assert not torch.allclose(trained.model(**batch).logits, wanted, rtol=0, atol=1e-5)
+
+
 def test_a_schedule_longer_than_the_training_is_refused() -> None:
     with pytest.raises(EngineError, match=r"\$.quantize_training: from 16 to 4 bits takes 4097 optimizer steps, and"):
         engine_of(start_bits=16).train_batch(BATCHES[0])
@@ -121,3 +146,24 @@ def test_it_is_told_and_can_be_switched_off() -> None:
     assert [float(plain.train_batch(batch)) for batch in BATCHES[:2]] == wanted
     assert "weights are rounded from 6 to 4 bits" in engine_of().explain()
     assert "rounded" not in plain.explain()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_on_a_gpu_as_on_a_cpu(precision: str) -> None:
+    """The same losses, to the rounding of products, with eigenvalues asked for on the way."""
+
+    def losses(device: str, **sections: Any) -> tuple[list[float], dict[str, float]]:
+        bits = {"start_bits": 10, "target_bits": 8, "quantize_period": 1, "eigenvalue": {"max_iter": 5}}
+        document = config(quantize_training=bits, training={"max_steps": 60}) | {"device": device, **sections}
+        engine = Engine(document, model=bert(dropout=0.0))
+        found = [engine.train_batch(batch).loss for batch in BATCHES[:4]]
+        moq = engine._trainer.plan.quantize_training
+        assert moq is not None
+        return found, moq.eigenvalues
+
+    wanted, shares = losses("cpu")
+    found, theirs = losses("cuda", precision=precision)
+    assert found == pytest.approx(wanted, rel=1e-4 if precision == "fp32" else 3e-2)
+    assert theirs.keys() == shares.keys()
+    assert max(theirs.values()) == 1

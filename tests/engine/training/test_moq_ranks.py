@@ -21,6 +21,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2))
     assert first == second
+    assert first["mean"] == [1.5]
     for run in moq_ranks.RUNS:
         losses, shares, stages = moq_ranks.trained(run)
         found = first[run]

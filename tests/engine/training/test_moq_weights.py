@@ -27,7 +27,7 @@ def test_linear_layers_embeddings_and_the_tied_head() -> None:
     weights = found(model)
     parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     blocks = {f"transformer.h.{index}.{part}" for index in range(4) for part in parts}
-    assert set(weights) == blocks | {"transformer.wte", "transformer.wpe"}, "lm_head is the embedding"
+    assert set(weights) == blocks | {"transformer.wte"}, "lm_head is the embedding; positions stay"
     assert all(weights[name].transposed == (name in blocks) for name in weights)
     assert weights["transformer.h.2.mlp.c_fc"].layer == "transformer.h.2"
     assert weights["transformer.h.2.mlp.c_fc"].block == 2
@@ -45,11 +45,15 @@ def test_patterns_leave_modules_out() -> None:
         "bert.pooler.dense",
         *(f"bert.encoder.layer.{index}.attention.self.query" for index in range(3)),
     }
-    embeddings = {f"bert.embeddings.{kind}_embeddings" for kind in ("word", "position", "token_type")}
-    assert whole - set(found(model, embeddings=False)) == embeddings
+    assert whole - set(found(model, embedding=False)) == {"bert.embeddings.word_embeddings"}
     assert whole - set(found(model, head=False)) == {"classifier"}
     model.bert.encoder.layer[0].requires_grad_(False)
     assert len(found(model)) == len(whole) - 6, "what is not trained is not rounded"
+
+
+def test_all_embeddings_of_a_model_that_does_not_say_which_is_of_tokens() -> None:
+    model = nn.ModuleDict({"tokens": nn.Embedding(5, 4), "places": nn.Embedding(3, 4)})
+    assert [weight.name for weight in find_weights(model, QuantizeTraining(), None)] == ["tokens", "places"]
 
 
 def test_rules_of_single_modules() -> None:
@@ -112,7 +116,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no head": (Stack(), {"head": False}, "head: Stack does not say which part is its body.*name its output layers"),
     "half of a tied weight": (
         small("gpt2"),
-        {"embeddings": False},
+        {"embedding": False},
         "transformer.wte and lm_head are one weight, and are to be rounded in two ways",
     ),
     "a tied weight with two bits": (
@@ -127,7 +131,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "groups across outputs": (
         small("gpt2"),
-        {"quantize_groups": 2, "embeddings": False, "exclude": ("lm_head",)},
+        {"quantize_groups": 2, "embedding": False, "exclude": ("lm_head",)},
         r"2 groups of transformer.h.0.attn.c_attn, which is stored as \[in, out\]",
     ),
 }
