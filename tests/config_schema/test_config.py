@@ -362,7 +362,7 @@ def test_a_config_is_validated_as_a_whole() -> None:
     good = Config(model=Model(path="${x} $${y}"), job=GenerateJob(type="generate", prompts=("a",)))
     assert load_config(good) == good
     bad = good.model_copy(update={"precision": "fp8"})
-    assert problems_of(bad) == ['$.precision: got "fp8", wanted one of "auto", "fp32", "bf16", "fp16"']
+    assert problems_of(bad) == ['$.precision: got "fp8", wanted one of "auto", "fp32", "bf16", "fp16", "int8", "int4"']
     contradiction = Config(
         model=Model(path="m"), generation=Generation(max_new_tokens=9), inference=Inference(max_tokens=9)
     )

@@ -77,7 +77,7 @@ def test_in_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     assert problems_of(with_model(device="${SLIPSTREAM_UNSET}", precision="${SLIPSTREAM_TEST}")) == [
         "$.device: the environment variable SLIPSTREAM_UNSET is not set; set it, or give a default: "
         '"${SLIPSTREAM_UNSET:-default}"',
-        '$.precision: got "/models", wanted one of "auto", "fp32", "bf16", "fp16"',
+        '$.precision: got "/models", wanted one of "auto", "fp32", "bf16", "fp16", "int8", "int4"',
     ]
 
 

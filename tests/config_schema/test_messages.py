@@ -9,7 +9,8 @@ import pytest
 from config_schema import ConfigError, Problem, load_config
 
 ROOT_KEYS = (
-    "$schema, model, device, precision, kernels, inference, generation, embedding, training, optimizer, schedule, "
+    "$schema, model, device, precision, quantization, kernels, inference, generation, embedding, training, optimizer, "
+    "schedule, "
     "progressive_layer_drop, flops_profiler, data, job"
 )
 JOBS = '"answer", "classify", "classify_tokens", "encode", "fill_mask", "generate", "train"'
@@ -168,7 +169,8 @@ GOLDEN: dict[str, tuple[object, list[str]]] = {
         [
             '$.device: got "gpu", wanted one of "auto", "cpu", "cuda" or a numbered GPU such as "cuda:0"; '
             'did you mean "cpu"?',
-            '$.precision: got "PF16", wanted one of "auto", "fp32", "bf16", "fp16"; did you mean "fp16"?',
+            '$.precision: got "PF16", wanted one of "auto", "fp32", "bf16", "fp16", "int8", "int4"; '
+            'did you mean "fp16"?',
             '$.kernels: got "Eager", wanted one of "auto", "eager", "generic", "specialized"; did you mean "eager"?',
         ],
     ),
@@ -310,7 +312,7 @@ GOLDEN: dict[str, tuple[object, list[str]]] = {
     ),
     "long string": (
         with_model(precision="x" * 500),
-        [f'$.precision: got "{"x" * 77}...", wanted one of "auto", "fp32", "bf16", "fp16"'],
+        [f'$.precision: got "{"x" * 77}...", wanted one of "auto", "fp32", "bf16", "fp16", "int8", "int4"'],
     ),
 }
 

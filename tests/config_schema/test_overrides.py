@@ -89,9 +89,9 @@ def test_all_problems_at_once() -> None:
     assert problems_of(with_model(device="gpx"), overrides=["x", "modle.path=m", "generation.topk=5"]) == [
         f'$: the override "x" cannot be read: {CANNOT}',
         '$.device: got "gpx", wanted one of "auto", "cpu", "cuda" or a numbered GPU such as "cuda:0"',
-        '$.modle: unknown key, did you mean "model"? (allowed: $schema, model, device, precision, kernels, '
-        "inference, generation, embedding, training, optimizer, schedule, progressive_layer_drop, flops_profiler, "
-        "data, job)",
+        '$.modle: unknown key, did you mean "model"? (allowed: $schema, model, device, precision, quantization, '
+        "kernels, inference, generation, embedding, training, optimizer, schedule, progressive_layer_drop, "
+        "flops_profiler, data, job)",
         '$.generation.topk: unknown key, did you mean "top_k"? (allowed: max_new_tokens, min_new_tokens, do_sample, '
         "temperature, top_k, top_p, repetition_penalty, stop, seed, logprobs, ignore_eos)",
     ]

@@ -108,8 +108,8 @@ def test_values_in_a_file(tmp_path: Path) -> None:
         "$.generation.stop[0]: \\ud800 is half a character (a lone surrogate); it is not Unicode text",
         "$.generation.stop[1]: got an object, wanted a non-empty string",
         "$.generation.stop[1].a: the key appears more than once in its object; keep one",
-        '$["a b"]: unknown key (allowed: $schema, model, device, precision, kernels, inference, generation, '
-        "embedding, training, optimizer, schedule, progressive_layer_drop, flops_profiler, data, job)",
+        '$["a b"]: unknown key (allowed: $schema, model, device, precision, quantization, kernels, inference, '
+        "generation, embedding, training, optimizer, schedule, progressive_layer_drop, flops_profiler, data, job)",
         '$["a b"].x[0].y: the key appears more than once in its object; keep one',
     ]
 
@@ -221,7 +221,8 @@ def test_python_values_that_json_lacks() -> None:
         "$.inference.None: the key is not a string but of type NoneType",
         "$.device: \\udc80 is half a character (a lone surrogate); it is not Unicode text",
         "$.zz: a Python set is not a JSON value; write a list",
-        "$.zz: unknown key (allowed: $schema, model, device, precision, kernels, inference, generation, embedding, "
+        "$.zz: unknown key (allowed: $schema, model, device, precision, quantization, kernels, inference, generation, "
+        "embedding, "
         "training, optimizer, schedule, progressive_layer_drop, flops_profiler, data, job)",
     ]
 

@@ -160,7 +160,7 @@ VALID = section(
     {
         "$schema": or_null(TEXTS),
         "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:0", "cuda:12"]),
-        "precision": st.sampled_from(["auto", "fp32", "bf16", "fp16"]),
+        "precision": st.sampled_from(["auto", "fp32", "bf16", "fp16", "int8", "int4"]),
         "kernels": st.sampled_from(["auto", "eager", "generic", "specialized"]),
         "inference": section(
             {},

@@ -91,7 +91,8 @@ BROKEN = {
     ),
     "a typo": (
         '{"model": {"path": "m"}, "precison": "fp32"}',
-        '$.precison: unknown key, did you mean "precision"? (allowed: $schema, model, device, precision, kernels, '
+        '$.precison: unknown key, did you mean "precision"? (allowed: $schema, model, device, precision, '
+        "quantization, kernels, "
         "inference, generation, embedding, training, optimizer, schedule, progressive_layer_drop, flops_profiler, "
         "data, job)",
     ),
@@ -102,7 +103,7 @@ BROKEN = {
     ),
     "a value that is not there": (
         '{"model": {"path": "m"}, "precision": "fp8"}',
-        '$.precision: got "fp8", wanted one of "auto", "fp32", "bf16", "fp16"',
+        '$.precision: got "fp8", wanted one of "auto", "fp32", "bf16", "fp16", "int8", "int4"',
     ),
     "a list": ("[1, 2]", "$: got an array of 2, wanted an object: {...}"),
     "nothing": ("", 'is empty; the smallest configuration is {"model": {"path": "..."}}'),
