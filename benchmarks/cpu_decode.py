@@ -9,19 +9,28 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 
 import torch
 
-from benchmarks.measure import interleaved, parser, report, seconds, spread
+from benchmarks.measure import interleaved, parser, report, spread
 from engine import Engine
 from engine.build import DTYPES
 from engine.quantization import BITS
 
+CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 
-def per_token(generate: Callable[[int], object], new: int) -> float:
+
+def per_token(generate: Callable[[int], object], new: int, clock: Callable[[], float]) -> float:
     """Milliseconds a token."""
-    return (seconds(lambda: generate(new + 1)) - seconds(lambda: generate(1))) / new * 1e3
+
+    def seconds(count: int) -> float:
+        start = clock()
+        generate(count)
+        return clock() - start
+
+    return (seconds(new + 1) - seconds(1)) / new * 1e3
 
 
 def main() -> None:
@@ -33,6 +42,12 @@ def main() -> None:
     arguments.add_argument("--new", type=int, default=64, help="tokens to time")
     arguments.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
     arguments.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=[*DTYPES, *BITS])
+    arguments.add_argument(
+        "--clock",
+        choices=list(CLOCKS),
+        default="wall",
+        help="process: CPU time, of use on a busy machine with --threads 1",
+    )
     options = arguments.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -44,7 +59,7 @@ def main() -> None:
         def ours(count: int, engine: Engine = engine, row: torch.Tensor = ids[0]) -> None:
             engine.generate(row, max_new_tokens=count, do_sample=False, ignore_eos=True)
 
-        runs[f"slipstream {precision}"] = lambda f=ours: per_token(f, options.new)  # type: ignore[misc]
+        runs[f"slipstream {precision}"] = lambda f=ours: per_token(f, options.new, CLOCKS[options.clock])  # type: ignore[misc]
         if precision not in DTYPES:
             continue
         model = AutoModelForCausalLM.from_pretrained(options.model).to(DTYPES[precision]).eval()
@@ -54,7 +69,7 @@ def main() -> None:
                 mask = torch.ones_like(ids)
                 model.generate(ids, attention_mask=mask, min_new_tokens=count, max_new_tokens=count, do_sample=False)
 
-        runs[f"Hugging Face {precision}"] = lambda f=theirs: per_token(f, options.new)  # type: ignore[misc]
+        runs[f"Hugging Face {precision}"] = lambda f=theirs: per_token(f, options.new, CLOCKS[options.clock])  # type: ignore[misc]
     found = interleaved(runs, options.rounds)
     rows = []
     for name, values in found.items():

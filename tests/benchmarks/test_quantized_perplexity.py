@@ -43,7 +43,7 @@ def test_the_loss_is_hugging_faces() -> None:
 
 
 def test_what_bits_cost_a_real_model(smollm2_dir: Path) -> None:
-    """8 bits: within 0.5% of the perplexity in fp32, all sums in fp32. 4 bits: some, and no ruin."""
+    """8 bits: within 0.5% of the perplexity in fp32, all sums in fp32. 4 bits, to nearest: less than twice."""
     text = "\n".join((ROOT / name).read_text("utf-8") for name in PROSE)
     losses = {}
     for how in ("fp32", "int8", "int4"):
@@ -55,4 +55,4 @@ def test_what_bits_cost_a_real_model(smollm2_dir: Path) -> None:
     rise = {how: math.exp(loss - losses["fp32"]) - 1 for how, loss in losses.items()}
     assert rise["int8"] != 0
     assert abs(rise["int8"]) < 0.005
-    assert 0.005 < rise["int4"] < 0.6, rise
+    assert 0.005 < rise["int4"] < 1, rise

@@ -189,7 +189,21 @@ VALID = section(
     {
         "$schema": or_null(TEXTS),
         "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:0", "cuda:12"]),
-        "precision": st.sampled_from(["auto", "fp32", "bf16", "fp16"]),
+        "precision": st.sampled_from(["auto", "fp32", "bf16", "fp16", "int8", "int4"]),
+        "quantization": or_null(
+            section(
+                {},
+                {
+                    "group_size": or_null(AUTO_COUNTS),
+                    "symmetric": st.booleans() | st.just("auto"),
+                    "scale_dtype": st.sampled_from(["auto", "fp32", "fp16", "bf16"]),
+                    "compute": st.sampled_from(["auto", "fp32", "bf16", "fp16"]),
+                    "exclude": st.lists(st.text(min_size=1, max_size=2), max_size=2, unique=True),
+                    "embedding": st.booleans(),
+                    "head": st.booleans(),
+                },
+            )
+        ),
         "kernels": st.sampled_from(["auto", "eager", "generic", "specialized"]),
         "inference": section(
             {},
