@@ -35,6 +35,7 @@ from engine.bench import hugging_face, options, report
 from engine.bench.job import KERNELS, Subject
 from engine.build import DTYPES
 from engine.jobs.tables import table
+from engine.outputs import check_writable
 from engine.verify import AUTO_CLASSES
 from ops.sampling import SamplingState
 
@@ -367,7 +368,7 @@ def main() -> int:
     prompts = PROMPTS[: chosen.prompts]
     try:
         if chosen.json is not None:
-            report.check_writable(chosen.json, "--json")
+            check_writable(chosen.json, "--json ")
         if not chosen.model.is_dir():
             raise SlipstreamError(f"{chosen.model}: no such directory: `make models` gets the demo's, or give another")
         given = (chosen.model, chosen.precision, chosen.kernels, chosen.device, prompts, chosen.new)

@@ -34,7 +34,8 @@ from typing import Literal
 from benchmarks.convergence_command import add_sizes, execute, parser_of, prepare, run_arm
 from benchmarks.convergence_ranks import ARMS, RanksRun, RanksTraining
 from benchmarks.masked_lm import Shape
-from engine.bench import options, report
+from engine.bench import options
+from engine.outputs import check_writable
 
 
 def share_or_auto(text: str) -> float | Literal["auto"]:
@@ -61,7 +62,7 @@ def plot(chosen: argparse.Namespace) -> None:
     from benchmarks import convergence_compare
 
     if chosen.png is not None:
-        report.check_writable(chosen.png, "--png")
+        check_writable(chosen.png, "--png ")
     print(convergence_compare.summary(chosen.plot))
     if chosen.png is not None:
         convergence_compare.draw(convergence_compare.read(chosen.plot), chosen.png)

@@ -15,7 +15,8 @@ from benchmarks.convergence_loop import PreTraining, Settings, probe, train
 from benchmarks.masked_lm import Shape
 from benchmarks.steps import device_in_words, device_of, say
 from config_schema import SlipstreamError
-from engine.bench import options, report
+from engine.bench import options
+from engine.outputs import check_writable
 
 
 def parser_of(doc: str | None, arms: Iterable[str], out: str, batch: int, evaluations: int) -> argparse.ArgumentParser:
@@ -70,7 +71,7 @@ def prepare(chosen: argparse.Namespace) -> None:
         raise SlipstreamError(
             "--prepare needs --vocab, BERT's vocab.txt or a number of words, and --data, the file to write"
         )
-    report.check_writable(chosen.data, "--data")
+    check_writable(chosen.data, "--data ")
     counts = convergence_data.prepare(chosen.prepare, chosen.vocab, chosen.data)
     print(f"{chosen.data}: " + ", ".join(f"{value} {name}" for name, value in counts.items()))
 

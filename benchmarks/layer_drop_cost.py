@@ -38,6 +38,7 @@ from benchmarks.steps import Marks, adamw_loop, add_options, device_in_words, de
 from config_schema import SlipstreamError
 from engine.bench import options, report
 from engine.jobs.tables import table
+from engine.outputs import check_writable
 from engine.training.layer_drop import LayerDrop, Schedule
 from engine.training.precision import Mode
 
@@ -291,7 +292,7 @@ def main() -> int:
         torch.set_num_threads(chosen.threads)
     try:
         if chosen.json is not None:
-            report.check_writable(chosen.json, "--json")
+            check_writable(chosen.json, "--json ")
         device = device_in_words(device_of(chosen.device))
         print(device, flush=True)
         wanted = cases(chosen)

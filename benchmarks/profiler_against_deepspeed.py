@@ -31,6 +31,7 @@ from benchmarks.steps import say
 from config_schema import SlipstreamError
 from engine.bench import options, report
 from engine.jobs.tables import WIDTH, table
+from engine.outputs import check_writable
 from profiler.units import NOTHING, percentage, quantity, seconds
 
 #: What the profilers found of a model, by profiler.
@@ -145,7 +146,7 @@ def main() -> int:
     rows: dict[str, dict[str, Found]] = {}
     try:
         if chosen.json is not None:
-            report.check_writable(chosen.json, "--json")
+            check_writable(chosen.json, "--json ")
         with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
             for name in chosen.only:
                 say(name)

@@ -37,6 +37,7 @@ from engine import build as connector
 from engine.bench import options, report
 from engine.engine import Engine
 from engine.jobs.tables import table
+from engine.outputs import check_writable
 from profiler.timer import Timer
 
 SUBJECTS = ("training", "encoder", "decoder")
@@ -178,7 +179,7 @@ def main() -> int:
     begin, rows = time.monotonic(), []
     try:
         if chosen.json is not None:
-            report.check_writable(chosen.json, "--json")
+            check_writable(chosen.json, "--json ")
         print(device_in_words(device), flush=True)
         for at, subject in enumerate(chosen.only, 1):
             deadline = begin + chosen.limit_seconds * at / len(chosen.only)

@@ -19,8 +19,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from engine.bench.report import check_writable, write
+from engine.bench.report import write
 from engine.jobs.tables import table
+from engine.outputs import check_writable
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 #: Bytes of an fp32 momentum's passes, by element: measured and packed (benchmarks.compression: "both"), and unpacked.
@@ -290,7 +291,7 @@ def main() -> int:
         print(published() if chosen.published else measured())
         return 0
     if chosen.json is not None:
-        check_writable(chosen.json, "--json")
+        check_writable(chosen.json, "--json ")
     given = {field.name: value for field in fields(Constants) if (value := getattr(chosen, field.name)) is not None}
     cases = []
     for rate in given.pop("gbps", (Constants.gbps,)):
