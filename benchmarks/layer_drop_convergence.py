@@ -31,7 +31,8 @@ from benchmarks.convergence_run import ARMS, Run, Training
 from benchmarks.masked_lm import Shape
 from benchmarks.steps import device_of, say
 from config_schema import SlipstreamError
-from engine.bench import options, report
+from engine.bench import options
+from engine.outputs import check_writable
 
 
 def train(chosen: argparse.Namespace) -> None:
@@ -64,7 +65,7 @@ def plot(chosen: argparse.Namespace) -> None:
     from benchmarks import convergence_plot
 
     if chosen.png is not None:
-        report.check_writable(chosen.png, "--png")
+        check_writable(chosen.png, "--png ")
     print(convergence_plot.summary(chosen.plot))
     if chosen.png is not None:
         convergence_plot.draw(convergence_plot.read(chosen.plot)[0], chosen.png)

@@ -25,6 +25,7 @@ from engine.bench.command import Bars, Model
 from engine.bench.job import KERNELS, PEERS, Job, Request
 from engine.bench.pool import Pool
 from engine.bench.report import Row
+from engine.outputs import check_writable
 
 #: A config.json of each model, written by hand after the published ones.
 SHAPES = Path(__file__).parent / "shapes"
@@ -140,7 +141,7 @@ def main() -> None:
         parser.error("none of --only has one of --precisions in the table")
     try:
         if chosen.json is not None:
-            report.check_writable(chosen.json, "--json")
+            check_writable(chosen.json, "--json ")
     except SlipstreamError as error:
         parser.error(str(error))
     start = time.monotonic()

@@ -47,6 +47,7 @@ from benchmarks.steps import (
 from config_schema import SlipstreamError
 from engine.bench import options, report
 from engine.jobs.tables import table
+from engine.outputs import check_writable
 from engine.training.data.samples import IGNORED
 from engine.training.precision import Mode
 
@@ -327,7 +328,7 @@ def main() -> int:
     rows: list[Row] = []
     try:
         if chosen.json is not None:
-            report.check_writable(chosen.json, "--json")
+            check_writable(chosen.json, "--json ")
         print(device, flush=True)
         for at, case in enumerate(wanted):
             left = deadline - time.monotonic()
