@@ -57,7 +57,7 @@ def test_the_peak_of_loading(llama: Path, precision: str, share: float) -> None:
         linear.weight.nbytes for layer in weights.layers for linear in (layer.qkv, layer.out, layer.up, layer.down)
     )
     if precision == "fp32":
-        assert memory.rise > 0.9 * whole, "the measurement notices a whole model"
+        assert memory.rise > 0.5 * whole, "the measurement notices a whole model"
         return
     assert share * whole <= kept <= (share + 0.005) * whole
     # A CPU keeps 4 bits twice; beside them, a chunk of a weight in a few copies.
