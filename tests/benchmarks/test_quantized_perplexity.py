@@ -43,16 +43,17 @@ def test_the_loss_is_hugging_faces() -> None:
 
 
 def test_what_bits_cost_a_real_model(smollm2_dir: Path) -> None:
-    """8 bits: within 0.5% of the perplexity in fp32, all sums in fp32. 4 bits, to nearest: less than twice."""
+    """8 bits: within 0.5% of the perplexity in fp32, all sums in fp32. 4 bits cost more, and the more columns share a
+    scale the more."""
     text = "\n".join((ROOT / name).read_text("utf-8") for name in PROSE)
-    losses = {}
-    for how in ("fp32", "int8", "int4"):
+    losses = []
+    for how, group in (("fp32", None), ("int8", None), ("int4", 32), ("int4", 128)):
         config = document(str(smollm2_dir), how, device="cpu")
         if how != "fp32":
-            config["quantization"] = {"compute": "fp32"}
+            config["quantization"] = {"compute": "fp32", "group_size": group}
         engine = Engine(config)
-        losses[how] = log_perplexity(engine, windows(engine.text.encode(text), 256, 4))
-    rise = {how: math.exp(loss - losses["fp32"]) - 1 for how, loss in losses.items()}
-    assert rise["int8"] != 0
-    assert abs(rise["int8"]) < 0.005
-    assert 0.005 < rise["int4"] < 1, rise
+        losses.append(log_perplexity(engine, windows(engine.text.encode(text), 256, 4)))
+    eight, narrow, wide = (math.exp(loss - losses[0]) - 1 for loss in losses[1:])
+    assert eight != 0
+    assert abs(eight) < 0.005
+    assert 0.005 < narrow < wide
